@@ -1,0 +1,42 @@
+# Four commands. Each makes .venv on first use (Python >= 3.11).
+#   make demo    real clips, a real ViT, SC-VFP against the trivial predictors, a report
+#   make lab     the notebooks in JupyterLab
+#   make test    everything that has to hold
+#   make bench   speed, as ratios measured in one process
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+
+.PHONY: demo lab test bench notebooks readme clean
+.DEFAULT_GOAL := test
+
+$(READY): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"fvlm needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed torch torchvision
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/fvlm demo --out demo_out
+
+lab: $(READY)
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs
+
+test: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/run_all.py
+
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet '.[bench]'
+	$(BIN)/python -m benchmarks
+
+# Writes the package and README.md from the notebooks.
+notebooks: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-clean && PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-export
+
+readme: notebooks
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/render_readme.py --write
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_out
