@@ -1,2 +1,44 @@
 """fvlm: predict a video's next frame in a space better than pixels, and find out whether it worked."""
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+# Public name -> the module that defines it. A module is imported when one of its names is first asked for, so that
+# `import fvlm` costs no torch. tests/test_repo.py checks that every name is there.
+_NAMES = {
+    name: module
+    for module, names in {
+        "core": "InputError ShapeError NonFiniteError ConfigError WeightsError VideoError cache_dir generator",
+        "data.wheel_store": "WheelFile sample_clips",
+        "data.video": "VideoInfo Clip probe read_clip frame_indices",
+        "data.worlds": "MovingDigits BouncingSprites CuedTarget PhotoPan",
+        "data.clips": "VideoFolder",
+        "data.embedding_cache": "EmbeddingCache",
+        "data.embedding_windows": "EmbeddingWindows Standardiser",
+        "encoders.embeddings": "FrameEmbedder",
+        "blocks.self_attention": "MHSA",
+        "blocks.scmhsa": "SCMHSA FoldedSCMHSA",
+        "objectives.losses": "semantic_similarity_loss",
+        "models.baselines": "CopyLast LinearExtrapolation RidgeRegression",
+        "models.sc_vfp": "SCVFP SCVFPConfig",
+        "training.loop": "train TrainConfig TrainResult",
+        "training.checkpoints": "save_checkpoint load_checkpoint",
+        "evidence.statistics": "paired_bootstrap sign_flip_test holm",
+        "app.report": "Report",
+    }.items()
+    for name in names.split()
+}
+
+
+def __getattr__(name):
+    "The public name `name`, its module imported on first use."
+    module = _NAMES.get(name)
+    if module is None:
+        raise AttributeError(f"module 'fvlm' has no attribute {name!r}; public names: {', '.join(sorted(_NAMES))}")
+    value = getattr(import_module(f"fvlm.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_NAMES})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['written_whole', 'sync_folder', 'sha256_of', 'check_sha256', 'write_json', 'read_json']
 
-# %% ../nbs/00_ground/02_files.ipynb #0ce3eb54
+# %% ../nbs/00_ground/02_files.ipynb #7edd6503
 import hashlib
 import json
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .core import InputError
 
-# %% ../nbs/00_ground/02_files.ipynb #9fc76733
+# %% ../nbs/00_ground/02_files.ipynb #319cc8d6
 @contextmanager
 def written_whole(
     path,  # the final name
@@ -52,7 +52,7 @@ def sync_folder(
     finally:
         os.close(handle)
 
-# %% ../nbs/00_ground/02_files.ipynb #57f92c60
+# %% ../nbs/00_ground/02_files.ipynb #dd6db280
 def sha256_of(
     path,  # a file
     progress=None,  # called with the number of bytes of each block read
@@ -79,7 +79,7 @@ def check_sha256(
     if came != expected:
         raise InputError(f"{path}: sha256 is {came}, expected {expected}; delete the file and get it again")
 
-# %% ../nbs/00_ground/02_files.ipynb #8be768fd
+# %% ../nbs/00_ground/02_files.ipynb #50f5d36c
 def write_json(
     path,  # where
     value,  # plain Python data: dicts, lists, strings, finite numbers, booleans, None
