@@ -94,3 +94,22 @@ def shared_clips():
     if folder is None:
         pytest.skip("no folder of real clips: set FVLM_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "A headless Chromium of this machine, driven by playwright, or the test is skipped."
+    import shutil
+
+    from playwright.sync_api import sync_playwright
+
+    from fvlm.app.doctor import BROWSERS
+
+    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=quiet)
+        yield chromium
+        chromium.close()

@@ -54,8 +54,9 @@ def test_jensen_shannon_is_symmetric_and_bounded():
     torch.testing.assert_close(jensen_shannon(p, q), jensen_shannon(q, p))
     assert (jensen_shannon(p, q) > 0).all() and (jensen_shannon(p, q) < math.log(2)).all()
     assert (jensen_shannon(p.float(), p.float()) >= 0).all()
-    with pytest.raises(ShapeError, match="axis N should be 7"):
-        jensen_shannon(p, q[:, :1])
+    for other in (maps(50, 6), maps(7)):
+        with pytest.raises(ShapeError, match="one shape"):
+            jensen_shannon(p, other)
 
 
 @pytest.mark.parametrize("heads", [2, 3, 8])

@@ -40,6 +40,15 @@ def test_grey_bool_and_half_precision():
     assert as_frames(torch.tensor(FLOATS).bfloat16()).dtype == np.uint8
 
 
+def test_the_usual_reading_wins_where_two_are_possible():
+    assert as_frames(np.zeros((2, 3, 8, 3), np.uint8)).shape == (2, 3, 8, 3)
+    assert as_frames(np.zeros((2, 3, 8, 3))).shape == (2, 8, 3, 3)
+
+
+def test_floats_are_rounded_not_cut():
+    assert as_frames(np.array([[0.0, 0.5, 0.9999, 1.0005, -0.0005]]))[0, 0, :, 0].tolist() == [0, 128, 255, 255, 0]
+
+
 @pytest.mark.parametrize(
     ("video", "error", "words"),
     [

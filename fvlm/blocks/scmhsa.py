@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCMHSA', 'FoldedSCMHSA', 'folded_weights']
 
-# %% ../../nbs/30_blocks/31_scmhsa.ipynb #5c0a4e11
+# %% ../../nbs/30_blocks/31_scmhsa.ipynb #aa73fc89
 import warnings
 
 import torch
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .self_attention import HeadDropout, SelfAttention, attention_weights, check_tokens
-from ..core import check_range
+from ..core import InputError, check_range
 
-# %% ../../nbs/30_blocks/31_scmhsa.ipynb #ef578298
+# %% ../../nbs/30_blocks/31_scmhsa.ipynb #ae106c87
 class SCMHSA(SelfAttention):
     """Semantic-concentration self-attention: every head projects the whole embedding to `head_dim`, by default all of dim.
 
@@ -46,7 +46,7 @@ class SCMHSA(SelfAttention):
         folded = FoldedSCMHSA(self.dim, self.num_heads, causal=self.causal, bias=self.proj.bias is not None, head_dropout=self.drop_heads.p, source=self)
         return folded.train(self.training)
 
-# %% ../../nbs/30_blocks/31_scmhsa.ipynb #70567290
+# %% ../../nbs/30_blocks/31_scmhsa.ipynb #aeba9ed8
 class FoldedSCMHSA(nn.Module):
     """SCMHSA as two products a head: scores (x A_h + a_h) x^T, output concat(P_h x) B + b. From `SCMHSA.fold()`, or on its own.
 
@@ -70,6 +70,8 @@ class FoldedSCMHSA(nn.Module):
         self.dim, self.num_heads, self.head_dim, self.causal = dim, num_heads, dim, causal
         self.drop_heads = HeadDropout(head_dropout)
         source = SCMHSA(dim, num_heads, bias=bias) if source is None else source
+        if (source.dim, source.num_heads, source.proj.bias is not None) != (dim, num_heads, bias):
+            raise InputError(f"source: got {source.extra_repr()}, expected dim={dim}, num_heads={num_heads}, bias={bias}")
         made = dict(device=source.proj.weight.device, dtype=source.proj.weight.dtype)
         self.score = nn.utils.skip_init(nn.Linear, dim, num_heads * dim, bias=bias, **made)  # A and a, the scale inside
         self.proj = nn.utils.skip_init(nn.Linear, num_heads * dim, dim, bias=bias, **made)  # B and b
@@ -133,10 +135,10 @@ class FoldedSCMHSA(nn.Module):
         return heads.transpose(1, 2).flatten(1, 2)
 
     def _by_head(self, rows: Tensor, x: Tensor) -> Tensor:  # (B, T*H, n) -> (B,H,T,n)
-        return rows.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+        return rows.view(*x.shape[:2], self.num_heads, rows.shape[-1]).transpose(1, 2)
 
     def _mix(self, rows: Tensor) -> Tensor:  # (B, T*H, D) -> (B,T,D)
-        heads = rows.view(rows.shape[0], -1, self.num_heads, self.dim)
+        heads = rows.unflatten(1, (rows.shape[1] // self.num_heads, self.num_heads))
         if self.training and self.drop_heads.p:
             heads = self.drop_heads(heads.transpose(1, 2)).transpose(1, 2)
         return self.proj(heads.flatten(2))
@@ -145,7 +147,7 @@ class FoldedSCMHSA(nn.Module):
         "The settings, for printing."
         return f"dim={self.dim}, num_heads={self.num_heads}, causal={self.causal}"
 
-# %% ../../nbs/30_blocks/31_scmhsa.ipynb #7a8e101f
+# %% ../../nbs/30_blocks/31_scmhsa.ipynb #b04b80e3
 def folded_weights(
     block: SCMHSA,  # of any head width, with or without biases
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

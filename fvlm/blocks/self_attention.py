@@ -6,7 +6,7 @@
 __all__ = ['HALF', 'prefers_fused', 'attention_weights', 'attend', 'check_tokens', 'SelfAttention', 'HeadDropout',
            'ChunkedLinear', 'MHSA']
 
-# %% ../../nbs/30_blocks/30_self_attention.ipynb #467de79e
+# %% ../../nbs/30_blocks/30_self_attention.ipynb #107ca76c
 import math
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, InputError, ShapeError, check_finite, check_range, check_shape
 
-# %% ../../nbs/30_blocks/30_self_attention.ipynb #86eb792f
+# %% ../../nbs/30_blocks/30_self_attention.ipynb #6df1b6c6
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -67,7 +67,7 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return attention_weights(q, k, causal=causal) @ v
 
-# %% ../../nbs/30_blocks/30_self_attention.ipynb #fd0377a1
+# %% ../../nbs/30_blocks/30_self_attention.ipynb #b22d4918
 def check_tokens(
     x: Tensor,  # (B,T,D) what a block was given
     dim: int,  # D, what it expects
@@ -82,7 +82,7 @@ def check_tokens(
     check_shape("x", x, "B T D", D=dim)
     if x.shape[1] == 0:
         raise ShapeError(f"x: axis T should be at least 1, got 0 (shape {tuple(x.shape)}, expected (B T D) with D={dim})")
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
         raise InputError(f"x: got {x.dtype}, expected {dtype}, the type of the weights (convert one, or use torch.autocast)")
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         total = x.detach().sum(dtype=torch.float32 if x.dtype in HALF else None)
@@ -90,7 +90,7 @@ def check_tokens(
             check_finite("x", x)
     return x
 
-# %% ../../nbs/30_blocks/30_self_attention.ipynb #021c320a
+# %% ../../nbs/30_blocks/30_self_attention.ipynb #12d45ccf
 class SelfAttention(nn.Module):
     """Self-attention over time with `num_heads` heads of width `head_dim`: what `MHSA` and `SCMHSA` share.
 
@@ -175,7 +175,7 @@ class SelfAttention(nn.Module):
         "The settings, for printing."
         return f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, causal={self.causal}"
 
-# %% ../../nbs/30_blocks/30_self_attention.ipynb #31c35976
+# %% ../../nbs/30_blocks/30_self_attention.ipynb #4da0b5ec
 class HeadDropout(nn.Module):
     "Whole heads set to zero in training, the rest scaled by 1/(1-p); the identity in evaluation. Draws like nn.Dropout."
 
@@ -201,7 +201,7 @@ class HeadDropout(nn.Module):
         "The chance, for printing."
         return f"p={self.p}"
 
-# %% ../../nbs/30_blocks/30_self_attention.ipynb #12c44c6f
+# %% ../../nbs/30_blocks/30_self_attention.ipynb #899ac251
 class ChunkedLinear(nn.Module):
     "Block-diagonal (B,T,D) -> (B,T,3 D): output chunk i of queries, keys and values reads input chunk i only."
 

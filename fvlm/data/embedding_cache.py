@@ -6,7 +6,7 @@
 __all__ = ['SAMPLED_BLOCKS', 'BLOCK_BYTES', 'HALF_MAX', 'DECODE_BYTES', 'clip_key', 'EmbeddingCache', 'decoded_blocks',
            'embedded_rows']
 
-# %% ../../nbs/10_data/16_embedding_cache.ipynb #b4489bac
+# %% ../../nbs/10_data/16_embedding_cache.ipynb #f54d55da
 import hashlib
 import time
 import uuid
@@ -19,7 +19,7 @@ import numpy as np
 from ..core import InputError, NonFiniteError, ShapeError, VideoError, check_range
 from ..files import read_json, write_json, written_whole
 
-# %% ../../nbs/10_data/16_embedding_cache.ipynb #2ee19bb3
+# %% ../../nbs/10_data/16_embedding_cache.ipynb #2d215d64
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 512 * 1024
 
@@ -48,7 +48,7 @@ def clip_key(
         raise VideoError(path, f"cannot be read ({error.strerror or error})") from error
     return f"{digest.hexdigest()[:32]}-every{stride}" + ("-flipped" if flip else "")
 
-# %% ../../nbs/10_data/16_embedding_cache.ipynb #11fe7eaf
+# %% ../../nbs/10_data/16_embedding_cache.ipynb #db9c4480
 HALF_MAX = 65504.0
 
 
@@ -67,7 +67,7 @@ def _half_rows(rows, dim: int, first: int) -> np.ndarray:
         raise NonFiniteError(f"rows: value {value} in row {first + row}, dimension {column} {what}; nothing was stored")
     return np.ascontiguousarray(rows, dtype="<f2")
 
-# %% ../../nbs/10_data/16_embedding_cache.ipynb #34396aea
+# %% ../../nbs/10_data/16_embedding_cache.ipynb #857ec752
 class EmbeddingCache:
     """Embeddings of clips on disk: float16 rows, memory-mapped, keyed by clip and by the encoder's fingerprint.
 
@@ -108,11 +108,15 @@ class EmbeddingCache:
         fingerprint: str,  # of the encoder
     ) -> np.ndarray | None:
         "The clip's rows, (N,D) float16, a read-only memory map; None if they are not there or damaged (then also a note and a warning)."
+        if (clip_key, fingerprint) not in self._maps:
+            self._index_path(clip_key, fingerprint)  # a wrong argument is an error, not damage
         try:
             return self._whole_rows(clip_key, fingerprint)
         except InputError as error:
-            self.notes.append(f"{error}; to be embedded again")
-            warnings.warn(self.notes[-1], stacklevel=2)
+            note = f"{error}; to be embedded again"
+            if note not in self.notes:
+                self.notes.append(note)
+                warnings.warn(note, stacklevel=2)
             return None
 
     def _whole_rows(self, clip_key: str, fingerprint: str) -> np.ndarray | None:
@@ -211,7 +215,7 @@ class EmbeddingCache:
                 path.unlink(missing_ok=True)
         return freed
 
-# %% ../../nbs/10_data/16_embedding_cache.ipynb #81553b18
+# %% ../../nbs/10_data/16_embedding_cache.ipynb #2d8980f9
 def _write_rows(path, rows, dim: int, rows_per_shard: int) -> tuple[int, list[str]]:
     "Row count and the sha256 of every shard of a float16 .npy file streamed from blocks."
     count, shards, digest = 0, [], hashlib.sha256()
@@ -246,7 +250,7 @@ def _named_file(index_path: Path) -> Path | None:
     except (InputError, KeyError, TypeError):
         return None
 
-# %% ../../nbs/10_data/16_embedding_cache.ipynb #f3557d8c
+# %% ../../nbs/10_data/16_embedding_cache.ipynb #9ba8b23e
 def _open_rows(index_path: Path, clip_key: str, fingerprint: str, verify: bool) -> np.ndarray:
     "The memory map an index points to; InputError saying what is wrong with it."
     index = read_json(index_path)
@@ -269,7 +273,7 @@ def _open_rows(index_path: Path, clip_key: str, fingerprint: str, verify: bool) 
                 raise InputError(f"{path}: rows {number * step} to {min((number + 1) * step, shape[0]) - 1} differ from their checksum")
     return rows
 
-# %% ../../nbs/10_data/16_embedding_cache.ipynb #f72626d8
+# %% ../../nbs/10_data/16_embedding_cache.ipynb #0d7fcefc
 DECODE_BYTES = 48 * 2**20
 
 
@@ -289,7 +293,7 @@ def decoded_blocks(
     indices = frame_indices(info.frames, info.fps, stride=stride)
     size = max(32, min(256, DECODE_BYTES // max(1, 3 * info.width * info.height)))
     for start in range(0, len(indices), size):
-        clip = decode(path, indices[start:start + size])
+        clip = decode(path, indices[start:start + size], backend="pyav" if info.backend == "pyav" else "auto")
         if notes is not None:
             notes.extend(note for note in clip.notes if note not in notes)
         yield clip.frames

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed_clip', 'ExtractionReport', 'embed_folder']
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #80420e88
+# %% ../../nbs/20_encoders/24_extraction.ipynb #cd811584
 import json
 import time
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, VideoError
+from ..data.clips import find_videos
 from ..data.embedding_cache import EmbeddingCache, clip_key
-from ..data.video import VIDEO_SUFFIXES
 from ..files import written_whole
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #6f381caf
+# %% ../../nbs/20_encoders/24_extraction.ipynb #5bb35b89
 def embed_clip(
     path,  # a video file
     embedder,  # a FrameEmbedder, or anything with .fingerprint, .embed_dim that turns (T,H,W,3) uint8 into (1,T,D)
@@ -34,7 +34,7 @@ def embed_clip(
     """
     return cache.get_or_embed(path, embedder, stride=stride, flip=flip, batch_frames=batch_frames)
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #a40ea2bd
+# %% ../../nbs/20_encoders/24_extraction.ipynb #3812cbb9
 @dataclass(frozen=True, kw_only=True)
 class ExtractionReport:
     "What one run over a folder did."
@@ -74,12 +74,9 @@ def _clips_of(folder) -> tuple[dict[str, Path], list[tuple[str, str]]]:
     "Video files by name, and those a VideoFolder has found bad already."
     if hasattr(folder, "clips"):
         return {entry.name: Path(entry.path) for entry in folder.clips}, [(str(path), str(reason)) for path, reason in folder.bad]
-    root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"folder: expected a folder of videos or a VideoFolder, got {folder}")
-    found = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()}
+    found = find_videos(folder)
     if not found:
-        raise InputError(f"folder: {root} holds no video file ({', '.join(VIDEO_SUFFIXES)})")
+        raise InputError(f"folder: no video files below {str(folder)!r}")
     return found, []
 
 

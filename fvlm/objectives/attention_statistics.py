@@ -6,7 +6,7 @@
 __all__ = ['check_attention', 'entropy', 'normalised_entropy', 'effective_count', 'top_k_mass', 'jensen_shannon',
            'head_divergence', 'head_cosine']
 
-# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #244e593f
+# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #1f534271
 import math
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import InputError, NonFiniteError, ShapeError, check_finite, check_range, check_shape
 from .losses import unit_vectors
 
-# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #0a9fcf2e
+# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #0e79bd5e
 def check_attention(
     name: str,  # the argument's name, for the message
     attention: Tensor,  # (..., N) rows that should sum to 1
@@ -37,7 +37,7 @@ def check_attention(
         raise InputError(f"{name}: expected rows of probabilities that sum to 1 (after softmax, before dropout), got a lowest value of {rows.min().item():.3g} and a row sum off by {worst:.3g}")
     return rows / sums
 
-# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #1a4af10c
+# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #a3ef81c7
 def entropy(
     attention: Tensor,  # (..., N) rows sum to 1
 ) -> Tensor:
@@ -57,14 +57,14 @@ def normalised_entropy(
         raise ShapeError(f"attention: expected at least 2 places on the last axis, got {places}; ln 1 = 0 normalises nothing")
     return entropy(attention) / math.log(places)
 
-# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #e535d738
+# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #8075cee5
 def effective_count(
     attention: Tensor,  # (..., N) rows sum to 1
 ) -> Tensor:
     "1 / sum p^2 of each row, (...): the number of equally weighted places with the same concentration, from 1 to N."
     return check_attention("attention", attention).square().sum(-1).reciprocal()
 
-# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #19da5319
+# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #7684debc
 def top_k_mass(
     attention: Tensor,  # (..., N) rows sum to 1
     k: int,  # how many of the strongest places, 1..N
@@ -77,17 +77,18 @@ def top_k_mass(
     check_range("k", k, 1, probabilities.shape[-1], integer=True)
     return probabilities.topk(int(k), dim=-1).values.sum(-1)
 
-# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #7e975b39
+# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #a06841b9
 def jensen_shannon(
     p: Tensor,  # (..., N) rows sum to 1
-    q: Tensor,  # (..., N) rows sum to 1; leading axes broadcast
+    q: Tensor,  # the same shape, rows sum to 1
 ) -> Tensor:
     """The Jensen-Shannon divergence between rows in nats, (...), from 0 (equal) to ln 2 (disjoint).
 
-    Raises: ShapeError when the rows differ in length.
+    Raises: ShapeError when the shapes differ; InputError for rows that do not sum to 1.
     """
     p, q = check_attention("p", p), check_attention("q", q)
-    check_shape("q", q, "... N", N=p.shape[-1])
+    if p.shape != q.shape:
+        raise ShapeError(f"p and q: expected one shape, got {tuple(p.shape)} and {tuple(q.shape)}; nothing is broadcast")
     return _jensen_shannon(p, q)
 
 
@@ -95,7 +96,7 @@ def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     mixed = torch.special.entr((p + q) / 2).sum(-1)
     return (mixed - (torch.special.entr(p).sum(-1) + torch.special.entr(q).sum(-1)) / 2).clamp_min(0)  # rounding can leave -1e-8
 
-# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #d25fd24c
+# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #b49715b4
 def head_divergence(
     attention: Tensor | Sequence[Tensor],  # (..., H, Q, N) attention maps, e.g. (B, H, T, T), or one such tensor a layer
     reduction: str = "mean",  # "mean": a scalar over everything; "none": (...) one value a sample (of one tensor)
@@ -120,7 +121,7 @@ def head_divergence(
     by_sample = 2 * total / (count * (count - 1))
     return by_sample if reduction == "none" else by_sample.mean()
 
-# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #7c92643f
+# %% ../../nbs/40_objectives/42_attention_statistics.ipynb #1d7c521a
 def head_cosine(
     heads: Tensor,  # (B, H, T, head_dim) head outputs before Wo
     squared: bool = False,  # average cos^2 instead of cos

@@ -6,7 +6,7 @@
 __all__ = ['SIMILARITY_KINDS', 'PIXEL_KINDS', 'check_pair', 'embedding_mse_loss', 'unit_vectors', 'semantic_similarity_loss',
            'pixel_loss']
 
-# %% ../../nbs/40_objectives/40_losses.ipynb #e23a9380
+# %% ../../nbs/40_objectives/40_losses.ipynb #c1e8cf6a
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import InputError, NonFiniteError, ShapeError, check_choice, check_finite, check_shape
 
-# %% ../../nbs/40_objectives/40_losses.ipynb #a8dbf7b1
+# %% ../../nbs/40_objectives/40_losses.ipynb #6c7d0b33
 def check_pair(
     prediction: Tensor,  # any shape, floating point
     target: Tensor,  # the same shape, floating point
@@ -44,7 +44,7 @@ def _finite_loss(value: Tensor, **arguments: Tensor) -> Tensor:
         raise NonFiniteError(f"loss: every value of {' and '.join(arguments)} is finite but the loss overflowed to {value.item()} in {value.dtype}")
     return value
 
-# %% ../../nbs/40_objectives/40_losses.ipynb #cd657ac0
+# %% ../../nbs/40_objectives/40_losses.ipynb #e075b6de
 def embedding_mse_loss(
     prediction: Tensor,  # (..., D) predicted embeddings
     target: Tensor,  # (..., D) true embeddings, standardised with training statistics
@@ -58,7 +58,7 @@ def embedding_mse_loss(
     wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     return _finite_loss((prediction.to(wide) - target.to(wide)).square().mean(), prediction=prediction, target=target)
 
-# %% ../../nbs/40_objectives/40_losses.ipynb #04963894
+# %% ../../nbs/40_objectives/40_losses.ipynb #35030725
 def unit_vectors(
     x: Tensor,  # (..., D) vectors
     eps: float = 1e-6,  # vectors of this length or less become zero vectors with zero gradient
@@ -70,7 +70,7 @@ def unit_vectors(
     short = squared <= eps * eps  # False for NaN, which must not be washed away
     return x * torch.where(short, 0.0, torch.where(short, 1.0, squared).rsqrt())
 
-# %% ../../nbs/40_objectives/40_losses.ipynb #a4adc2ff
+# %% ../../nbs/40_objectives/40_losses.ipynb #a6d4593c
 SIMILARITY_KINDS = {
     "cos2": "mean squared cosine: 0 for orthogonal heads, 1 for parallel or opposite ones (what the paper describes; the default)",
     "cos": "mean cosine: 1 for equal heads, 0 for orthogonal, down to -1/(H-1) for heads spread as far apart as they can be",
@@ -95,7 +95,7 @@ def semantic_similarity_loss(
     loss = torch.stack([_block_similarity(block, kind) for block in blocks]).mean()
     return _finite_loss(loss, **{f"heads[{i}]": block for i, block in enumerate(blocks)})
 
-# %% ../../nbs/40_objectives/40_losses.ipynb #b0359d49
+# %% ../../nbs/40_objectives/40_losses.ipynb #a4f74929
 def _block_similarity(x: Tensor, kind: str) -> Tensor:
     "The similarity of one block's heads (B, H, T, head_dim)."
     count = check_shape("heads", x, "B H T d")["H"]
@@ -113,7 +113,7 @@ def _block_similarity(x: Tensor, kind: str) -> Tensor:
     cosine = all_pairs.mean() / (count * (count - 1))
     return cosine if kind == "cos" else 1 - cosine
 
-# %% ../../nbs/40_objectives/40_losses.ipynb #4fc1a9de
+# %% ../../nbs/40_objectives/40_losses.ipynb #5f75d6f0
 PIXEL_KINDS = {"mse": "mean squared difference", "l1": "mean absolute difference: less blur, gradients of constant size"}
 
 

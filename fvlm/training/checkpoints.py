@@ -6,7 +6,7 @@
 __all__ = ['CheckpointError', 'split_tensors', 'join_tensors', 'save_checkpoint', 'check_checkpoint', 'Checkpoint',
            'config_difference', 'load_checkpoint']
 
-# %% ../../nbs/60_training/61_checkpoints.ipynb #ff7747ac
+# %% ../../nbs/60_training/61_checkpoints.ipynb #d965b8a8
 import hashlib
 import json
 import os
@@ -23,11 +23,11 @@ from ..core import InputError
 from ..files import read_json, sha256_of, sync_folder, write_json
 from .records import plain_data
 
-# %% ../../nbs/60_training/61_checkpoints.ipynb #5cde129b
+# %% ../../nbs/60_training/61_checkpoints.ipynb #46861f70
 class CheckpointError(InputError):
     "A checkpoint is missing, was changed, or does not belong to what it is loaded into. Nothing was loaded."
 
-# %% ../../nbs/60_training/61_checkpoints.ipynb #31504579
+# %% ../../nbs/60_training/61_checkpoints.ipynb #1454a998
 _MARKS = ("__tensor__", "__tuple__", "__items__")
 
 
@@ -77,7 +77,7 @@ def join_tensors(
         return {key: join_tensors(item, tensors) for key, item in tree["__items__"]}
     return {key: join_tensors(item, tensors) for key, item in tree.items()}
 
-# %% ../../nbs/60_training/61_checkpoints.ipynb #aa19e442
+# %% ../../nbs/60_training/61_checkpoints.ipynb #86f41755
 def _untied(tensors):
     "The tensors to write, contiguous, and {alias: name} for those that are another one under a second name."
     first, kept, tied = {}, {}, {}
@@ -117,7 +117,7 @@ def _put_in_place(written, directory):
     if aside.exists():
         shutil.rmtree(aside)
 
-# %% ../../nbs/60_training/61_checkpoints.ipynb #866baec9
+# %% ../../nbs/60_training/61_checkpoints.ipynb #11716794
 def save_checkpoint(
     directory,  # the checkpoint's name; one that is there already is replaced when the new one is whole
     model,  # nn.Module, or its tensors by name
@@ -168,7 +168,7 @@ def save_checkpoint(
         raise CheckpointError(f"{directory}: the checkpoint could not be written ({error}); what was there before is as it was") from error
     return directory
 
-# %% ../../nbs/60_training/61_checkpoints.ipynb #f94a97b2
+# %% ../../nbs/60_training/61_checkpoints.ipynb #374471be
 def check_checkpoint(
     directory,  # a checkpoint
 ) -> dict:
@@ -205,7 +205,7 @@ def check_checkpoint(
             raise CheckpointError(f"{path}: was changed: its sha256 is not the manifest's")
     return {**manifest, "directory": directory}
 
-# %% ../../nbs/60_training/61_checkpoints.ipynb #d1e328f8
+# %% ../../nbs/60_training/61_checkpoints.ipynb #af05ea8b
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     "What a checkpoint remembers beside weights."
@@ -235,8 +235,8 @@ def _check_tensors(where, came, expected, strict=True):
     if strict and (missing or unexpected):
         parts = [f"{what} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for what, names in (("missing", missing), ("not in the model:", unexpected)) if names]
         raise CheckpointError(f"{where}: {len(missing) + len(unexpected)} names differ from the model's: {'; '.join(parts)}")
-    for name in came.keys() & expected.keys():
-        for what in ("shape", "dtype"):
+    for name in expected:
+        for what in ("shape", "dtype") if name in came else ():
             here, there = getattr(came[name], what), getattr(expected[name], what)
             if here != there:
                 raise CheckpointError(f"{where}: {name} has {what} {tuple(here) if what == 'shape' else here}, the model's has {tuple(there) if what == 'shape' else there}")
@@ -272,7 +272,7 @@ def config_difference(
     words = ["absent" if value is _ABSENT else repr(value) for value in (here, there)]
     return [] if here == there else [f"{place}: {words[0]} here, {words[1]} in the checkpoint"]
 
-# %% ../../nbs/60_training/61_checkpoints.ipynb #f909b5a9
+# %% ../../nbs/60_training/61_checkpoints.ipynb #44c8fbd8
 def load_checkpoint(
     directory,  # a checkpoint
     model: nn.Module | None = None,  # receives the weights; None to look at state and config only

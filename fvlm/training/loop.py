@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingError', 'TrainConfig', 'TrainEvent', 'TrainResult', 'train']
 
-# %% ../../nbs/60_training/62_loop.ipynb #c0a36be3
+# %% ../../nbs/60_training/62_loop.ipynb #e9052a58
 import json
 import math
 import signal
@@ -26,11 +26,11 @@ from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from .records import plain_data, write_record
 from .steps import AveragedWeights, first_bad_tensor, learning_rate_factor, parameter_groups
 
-# %% ../../nbs/60_training/62_loop.ipynb #788a0d91
+# %% ../../nbs/60_training/62_loop.ipynb #79c2fb6b
 class TrainingError(RuntimeError):
     "Training cannot go on: the message names step, tensor and samples. The weights are those before the bad step."
 
-# %% ../../nbs/60_training/62_loop.ipynb #03a24336
+# %% ../../nbs/60_training/62_loop.ipynb #19e77543
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Give the length as `epochs` or as `steps`."
@@ -73,7 +73,7 @@ class TrainConfig:
         if self.learning_rates is not None:
             object.__setattr__(self, "learning_rates", {name: check_range(f"learning_rates[{name!r}]", factor, 0) for name, factor in self.learning_rates.items()})
 
-# %% ../../nbs/60_training/62_loop.ipynb #666a5189
+# %% ../../nbs/60_training/62_loop.ipynb #3ddb62b7
 @dataclass(frozen=True, kw_only=True)
 class TrainEvent:
     "What a callback sees after a step. A callback that returns True ends the run, with a good checkpoint."
@@ -123,6 +123,7 @@ class _Run:
         groups = parameter_groups(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, learning_rates=config.learning_rates)  # refuses before anything moves
         self.wrapped = accelerator.prepare_model(model)
         self.model = accelerator.unwrap_model(self.wrapped)
+        vars(self.model).pop("_is_accelerate_prepared", None)  # accelerate's mark would outlive the run
         self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ("cpu", "cuda"))
         self.parameters = [p for group in groups for p in group["params"]]
         self.buffers = list(self.model.buffers())
@@ -136,7 +137,7 @@ class _Run:
         self.val_steps = unit * (config.val_every or 1)
         self.resolved = {"train": asdict(config), "model": _model_config(self.model), "data": {name: len(part) for name, part in data.items()}}
         self.done, self.history, self.best, self.best_weights, self.since_best, self.recent = 0, [], None, None, 0, []
-        self.best_on_disk, self.flushed, self.seconds = True, time.monotonic(), {"data": 0.0, "validation": 0.0}
+        self.inside, self.best_on_disk, self.flushed, self.seconds = False, True, time.monotonic(), {"data": 0.0, "validation": 0.0}
 
     def seed(self, *stream):
         value = derive_seed(self.config.seed, *stream)
@@ -153,6 +154,7 @@ class _Run:
 
     def step(self, indices, batch):
         "One optimizer step, or a TrainingError and nothing changed."
+        self.inside = True
         factor = learning_rate_factor(self.done, self.steps, warmup_fraction=self.config.warmup_fraction, schedule=self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * group["factor"] * factor
@@ -179,6 +181,7 @@ class _Run:
         self.done += 1
         if self.average:
             self.average.update(self.done)
+        self.inside = False
         self.recent.append({"grad_norm": size, **{name: loss if name == "loss" else term.detach() for name, term in terms.items()}})
         return loss
 
@@ -195,7 +198,7 @@ class _Run:
         self.history.append(row)
         if self.out and self.main:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
         return row
 
     def validate(self):
@@ -243,6 +246,7 @@ class _Run:
         if wrong := {"step", "history", "best", "best_weights", "since_best", "recent"} ^ set(state):
             raise CheckpointError(f"{directory}: not a checkpoint to go on from ({', '.join(sorted(wrong))}); expected a run's 'last'")
         self.done, self.history, self.best, self.best_weights, self.since_best, self.recent = (state[name] for name in ("step", "history", "best", "best_weights", "since_best", "recent"))
+        self.best_on_disk = self.best is None
 
     def finish(self):
         "The weights to keep, in the model."
@@ -261,7 +265,7 @@ def _model_config(model):
     config = getattr(model, "config", None)
     return {"class": type(model).__name__, **(plain_data(config, "model.config") if is_dataclass(config) or isinstance(config, Mapping) else {})}
 
-# %% ../../nbs/60_training/62_loop.ipynb #73d2c926
+# %% ../../nbs/60_training/62_loop.ipynb #1664f186
 @contextmanager
 def _accelerated(device):
     from accelerate import Accelerator
@@ -310,7 +314,7 @@ def _check_data(data):
             raise InputError(f"data[{name!r}]: {type(part).__name__} is empty or has no length, expected a data set with at least one sample")
     return data
 
-# %% ../../nbs/60_training/62_loop.ipynb #e783fb8e
+# %% ../../nbs/60_training/62_loop.ipynb #ea4fa080
 def train(
     model,  # nn.Module with forward(batch) -> outputs and loss(outputs, batch) -> {"loss": scalar, ...}; trained in place
     data: Mapping,  # {"train": data set, "val": data set or None}
@@ -347,7 +351,7 @@ def train(
                 run.go_on_from(resume)
             if out and run.main:
                 out.mkdir(parents=True, exist_ok=True)
-                (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history), encoding="utf-8")
+                (out / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in run.history), encoding="utf-8")
             run.model.train()
             order = EpochBatches(len(data["train"]), config.batch_size, config.seed, run.done, run.steps, run.rank, run.world)
             batches = iter(load_batches(data["train"], order, num_workers=config.num_workers, seed=config.seed))
@@ -355,7 +359,6 @@ def train(
                 try:
                     shown = 0.0
                     while run.done < run.steps and stopped == "done":
-                        whole = run.done
                         run.seed("step", run.done, *([run.rank] if run.world > 1 else []))
                         asked = time.perf_counter()
                         indices, batch = next(batches)
@@ -380,17 +383,17 @@ def train(
                             shown = asked
                             bar.set_postfix_str(f"loss {loss:.4g}" + (f", val {run.best[config.monitor]:.4g}" if run.best else ""), refresh=False)
                 except KeyboardInterrupt:  # raised by a callback or a data set, or the second Ctrl-C
-                    if run.done == whole and any(p.grad is not None for p in run.parameters):
-                        raise  # inside a step: these weights are nobody's
+                    if run.inside:
+                        raise  # the weights may be half moved: what is on disk stays as it is
                     stopped = "interrupted"
                 except TrainingError:
                     run.save_best()
                     raise
                 finally:
                     batches.close()
-            if run.recent:
-                run.log()
             run.save_last()
+            if run.recent:  # the row of an ended run's last few steps; a resumed run makes its own
+                run.log()
             run.finish()
     run.model.eval()
     seconds = time.perf_counter() - start

@@ -1,0 +1,208 @@
+"""Extraction: idempotent, resumable, broken files set aside, memory flat in length and in number of clips."""
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from fvlm.core import InputError, VideoError
+from fvlm.data.clips import VideoFolder
+from fvlm.data.embedding_cache import EmbeddingCache, clip_key
+from fvlm.data.video import read_clip
+from fvlm.encoders.embeddings import FrameEmbedder
+from fvlm.encoders.extraction import embed_clip, embed_folder
+
+
+def write_video(path, frames, size=(32, 64), seed=0):
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 120, size=(*size, 3))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25, width=size[1], height=size[0], pix_fmt="yuv420p")
+        for t in range(frames):
+            picture = (np.roll(noise, t, 1) + 2 * (t % 60)).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+class Counting(torch.nn.Module):
+    "A tiny embedder that counts the frames it is given and may refuse to go on."
+
+    def __init__(self, stop_after=None):
+        super().__init__()
+        self.inner, self.seen, self.stop_after = FrameEmbedder.tiny(), 0, stop_after
+        self.fingerprint, self.embed_dim, self.largest = self.inner.fingerprint, self.inner.embed_dim, 0
+
+    def forward(self, video):
+        self.seen, self.largest = self.seen + len(video), max(self.largest, len(video))
+        if self.stop_after is not None and self.seen > self.stop_after:
+            raise KeyboardInterrupt
+        return self.inner(video)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_video(tmp_path / "videos" / "a.mp4", 40, seed=1)
+    write_video(tmp_path / "videos" / "sub" / "b.mp4", 30, seed=2)
+    write_video(tmp_path / "videos" / "sub" / "ü c.avi", 25, seed=3)
+    return tmp_path / "videos"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return EmbeddingCache(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("stride, flip, batch", [(1, False, 32), (1, False, 7), (3, False, 4), (4, True, 32)])
+def test_rows_are_the_embeddings_of_the_decoded_frames(folder, cache, stride, flip, batch):
+    embedder = FrameEmbedder.tiny()
+    rows = embed_clip(folder / "a.mp4", embedder, cache, stride=stride, flip=flip, batch_frames=batch)
+    video = read_clip(folder / "a.mp4", stride=stride)
+    expected = embedder(video.flip(2) if flip else video)[0]
+    torch.testing.assert_close(torch.from_numpy(rows.astype(np.float32)), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_blocks_join_without_a_seam(folder, cache, monkeypatch):
+    monkeypatch.setattr("fvlm.data.embedding_cache.DECODE_BYTES", 1)  # the smallest block, 32 frames: the clip of 40 takes two
+    rows = embed_clip(folder / "a.mp4", FrameEmbedder.tiny(), cache)
+    expected = FrameEmbedder.tiny()(read_clip(folder / "a.mp4"))[0]
+    torch.testing.assert_close(torch.from_numpy(rows.astype(np.float32)), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_a_second_run_embeds_nothing_and_a_new_clip_only_itself(folder, cache):
+    embedder = Counting()
+    first = embed_folder(folder, embedder, cache, progress=False)
+    assert first.done == ("a.mp4", "sub/b.mp4", "sub/ü c.avi") and first.frames == embedder.seen == 95 and first.cached == () and first.bad == ()
+    assert first.bytes == 95 * 32 * 2 and "3 clips embedded" in first.note
+    second = embed_folder(folder, embedder, EmbeddingCache(cache.dir), progress=False)
+    assert second.done == () and second.cached == first.done and second.frames == 0 and embedder.seen == 95
+    write_video(folder / "new.mp4", 10, seed=4)
+    assert embed_folder(folder, embedder, cache, progress=False).done == ("new.mp4",) and embedder.seen == 105
+    assert {name: rows.shape for name, rows in second.rows(cache).items()} == {"a.mp4": (40, 32), "sub/b.mp4": (30, 32), "sub/ü c.avi": (25, 32)}
+
+
+def test_another_encoder_stride_or_flip_has_rows_of_its_own(folder, cache):
+    embed_folder(folder, FrameEmbedder.tiny(), cache, progress=False)
+    for options in (dict(embedder=FrameEmbedder.tiny(seed=1)), dict(stride=2), dict(flip=True)):
+        report = embed_folder(folder, **(dict(embedder=FrameEmbedder.tiny(), cache=cache, progress=False) | options))
+        assert len(report.done) == 3, options
+
+
+def test_an_interrupted_run_goes_on_where_it_was(folder, cache):
+    with pytest.raises(KeyboardInterrupt):
+        embed_folder(folder, Counting(stop_after=50), cache, progress=False)
+    assert len(cache.entries()) == 1
+    embedder = Counting()
+    report = embed_folder(folder, embedder, cache, progress=False)
+    assert report.cached == ("a.mp4",) and embedder.seen == 55
+
+
+def test_broken_files_are_set_aside_and_the_run_goes_on(folder, cache):
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("not a video\n" * 50)
+    (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
+    whole = (folder / "a.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    report = embed_folder(folder, FrameEmbedder.tiny(), cache, progress=False)
+    assert len(report.done) == 3 and {name for name, _ in report.bad} == {"empty.mp4", "text.mp4", "gone.mp4", "cut.mp4"}
+    assert all(reason for _, reason in report.bad) and "bad: cut.mp4" in str(report)
+    listed = [json.loads(line) for line in (cache.dir / "bad_files.jsonl").read_text().splitlines()]
+    assert {entry["path"] for entry in listed} == {str(folder / name) for name, _ in report.bad}
+    write_video(folder / "cut.mp4", 12, seed=9)
+    again = embed_folder(folder, FrameEmbedder.tiny(), cache, progress=False)
+    listed = [json.loads(line) for line in (cache.dir / "bad_files.jsonl").read_text().splitlines()]
+    assert again.done == ("cut.mp4",) and len(listed) == 3
+
+
+def test_a_clip_that_fails_half_way_leaves_no_rows(folder, cache, monkeypatch):
+    import fvlm.data.video
+
+    real, calls = fvlm.data.video.decode, []
+
+    def failing(path, indices, **rest):
+        calls.append(len(indices))
+        if len(calls) == 2:
+            raise VideoError(path, "a frame in the middle cannot be decoded")
+        return real(path, indices, **rest)
+
+    monkeypatch.setattr("fvlm.data.embedding_cache.DECODE_BYTES", 1)
+    monkeypatch.setattr("fvlm.data.video.decode", failing)
+    report = embed_folder(folder, FrameEmbedder.tiny(), cache, progress=False)
+    assert report.bad == (("a.mp4", "a frame in the middle cannot be decoded"),) and len(report.done) == 2
+    assert cache.get(clip_key(folder / "a.mp4"), FrameEmbedder.tiny().fingerprint) is None
+
+
+def test_a_video_folder_is_taken_with_its_names_and_its_bad_files(folder, cache):
+    (folder / "text.mp4").write_text("not a video\n" * 50)
+    videos = VideoFolder(folder, context_frames=2, gap=2)
+    report = embed_folder(videos, FrameEmbedder.tiny(), cache, progress=False)
+    assert set(report.keys) == {entry.name for entry in videos.clips} and len(report.bad) == 1
+
+
+def test_damaged_rows_are_embedded_again_with_a_note(folder, cache):
+    report = embed_folder(folder, FrameEmbedder.tiny(), cache, progress=False)
+    victim = max(cache.dir.glob("*/*.npy"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    fresh = EmbeddingCache(cache.dir)
+    with pytest.warns(UserWarning, match="embedded again"):
+        again = embed_folder(folder, FrameEmbedder.tiny(), fresh, progress=False)
+    assert again.done == ("a.mp4",) and len(again.notes) == 1 and "embedded again" in again.notes[0]
+    assert report.rows(fresh)["a.mp4"].shape == (40, 32)
+
+
+@pytest.mark.parametrize("call, what", [
+    (lambda folder, cache: embed_folder(folder / "nowhere", FrameEmbedder.tiny(), cache), "nowhere"),
+    (lambda folder, cache: embed_folder(folder / "a.mp4", FrameEmbedder.tiny(), cache), "a.mp4"),
+    (lambda folder, cache: embed_folder(folder.parent / "empty", FrameEmbedder.tiny(), cache), "no video files"),
+    (lambda folder, cache: embed_folder(folder, FrameEmbedder.tiny(), cache, stride=0), "stride"),
+    (lambda folder, cache: embed_folder(folder, FrameEmbedder.tiny(), cache, batch_frames=0), "batch_frames"),
+    (lambda folder, cache: embed_clip(folder / "nowhere.mp4", FrameEmbedder.tiny(), cache), "nowhere.mp4"),
+])
+def test_bad_input_is_one_clear_error(folder, cache, call, what):
+    (folder.parent / "empty").mkdir()
+    with pytest.raises(InputError, match=what):
+        call(folder, cache)
+
+
+def test_a_lost_row_file_is_an_error_not_a_gap(folder, cache):
+    report = embed_folder(folder, FrameEmbedder.tiny(), cache, progress=False)
+    for path in cache.dir.glob("*/*"):
+        path.unlink()
+    with pytest.raises(InputError, match="no longer holds 3 of 3 clips"):
+        report.rows(EmbeddingCache(cache.dir))
+
+
+PEAK = """
+    import resource, sys
+    from fvlm.data import embedding_cache
+    from fvlm.encoders.embeddings import FrameEmbedder
+    from fvlm.encoders.extraction import embed_folder
+    embedding_cache.DECODE_BYTES = 1  # the smallest blocks, so that a short clip shows what a long one does
+    cache, embedder = embedding_cache.EmbeddingCache(sys.argv[1]), FrameEmbedder.tiny()
+    for folder in sys.argv[2:]:
+        report = embed_folder(folder, embedder, cache, progress=False)
+        assert not report.bad, report
+        print(report.frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
+def test_peak_memory_does_not_grow_with_length_or_number_of_clips(tmp_path):
+    "Ten times the frames decode to 88 MB, well above a tenth of the process: holding them would be seen."
+    size = (240, 320)
+    write_video(tmp_path / "short" / "clip.mp4", 40, size=size)
+    write_video(tmp_path / "long" / "clip.mp4", 400, size=size)
+    for number in range(10):
+        write_video(tmp_path / "many" / f"{number}.mp4", 40, size=size, seed=1 + number)
+    folders = [str(tmp_path / name) for name in ("short", "long", "many")]
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(PEAK), str(tmp_path / "cache"), *folders], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    (frames, base), *rest = [[int(number) for number in line.split()] for line in run.stdout.splitlines()]
+    for name, (more, peak) in zip(("long", "many"), rest, strict=True):
+        assert more == 10 * frames
+        assert peak < 1.1 * base, f"{name}: {peak} kB against {base} kB"
