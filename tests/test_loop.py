@@ -85,6 +85,16 @@ def test_the_same_seed_gives_the_same_bits(changes):
     assert torch.equal(model.frozen.weight, Net().frozen.weight), "frozen stays frozen"
 
 
+def test_every_step_draws_from_its_own_stream():
+    class Drawing(Net):
+        def forward(self, batch):
+            self.drawn = getattr(self, "drawn", []) + [float(torch.rand(()))] * self.training
+            return super().forward(batch)
+
+    first, second, other = (run(dataclasses.replace(CONFIG, seed=seed), model=Drawing())[0].drawn for seed in (0, 0, 1))
+    assert first == second and len(set(first)) == 9 and not set(first) & set(other)
+
+
 def test_nothing_global_changes():
     from accelerate.state import AcceleratorState, GradientState, PartialState
 

@@ -440,7 +440,8 @@ def test_installed_metadata_is_that_of_settings():
 
     known = {parts(line) for line in metadata.requires("fvlm") or [] if "bench" not in line}
     wanted = {parts(line) for line in requirements("requirements", "dev_requirements")}
-    assert known == wanted, "the install is older than settings.ini: run: make clean && make test"
+    differ = sorted(f"{name} {' '.join(sorted(bounds))}" for name, bounds in known ^ wanted)
+    assert not differ, "the install is older than settings.ini (run: make clean && make test):" + told(differ)
     scripts = {point.name: point.value for point in metadata.distribution("fvlm").entry_points if point.group == "console_scripts"}
     assert scripts == dict([line.strip().split("=") for line in settings_ini()["console_scripts"].splitlines() if line.strip()])
 

@@ -71,7 +71,7 @@ def closed_form(c: SCVFPConfig) -> int:
     if c.attention == "mhsa_chunked":
         attention = 3 * w * w // c.num_heads + 3 * w + linear(w, w)
     elif c.attention == "scmhsa_folded":
-        attention = 2 * linear(w, c.num_heads * w) - (c.num_heads * w - w) if False else linear(w, c.num_heads * w) + linear(c.num_heads * w, w)
+        attention = linear(w, c.num_heads * w) + linear(c.num_heads * w, w)
     elif c.attention == "hybrid":
         attention = 1 + sum(linear(w, 3 * n) + linear(n, w) for n in inner.values())
     else:

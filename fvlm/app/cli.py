@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'help_text', 'load_command', 'parse', 'main']
 
-# %% ../../nbs/90_app/92_cli.ipynb #87089d5d
+# %% ../../nbs/90_app/92_cli.ipynb #8ba8a85d
 import sys
 from importlib import import_module
 
 from .. import __version__
 from ..core import InputError, check_choice
 
-# %% ../../nbs/90_app/92_cli.ipynb #d9cdd28d
+# %% ../../nbs/90_app/92_cli.ipynb #316be79a
 COMMANDS = {
+    "demo": ("fvlm.app.demo:DemoCommand", "real clips, a real ViT, SC-VFP against the trivial predictors, a report"),
     "embed": ("fvlm.app.commands:EmbedCommand", "embed every frame of a folder of videos, once, into a cache"),
     "weights": ("fvlm.app.commands:WeightsCommand", "list, find or get pretrained weights and sample clips"),
     "doctor": ("fvlm.app.doctor:DoctorCommand", "check this machine: decoder, weights, threads, bf16, disk"),
 }
 
-# %% ../../nbs/90_app/92_cli.ipynb #9b38af14
+# %% ../../nbs/90_app/92_cli.ipynb #cc24c1ab
 def help_text() -> str:
     "What `fvlm --help` prints: every command with its line."
     width = max(map(len, COMMANDS))
@@ -31,7 +32,7 @@ def help_text() -> str:
         "--debug, anywhere, shows where an error came from; --version shows the version.",
     ])
 
-# %% ../../nbs/90_app/92_cli.ipynb #9602d9e0
+# %% ../../nbs/90_app/92_cli.ipynb #f84422ac
 def load_command(
     name: str,  # one of COMMANDS
 ) -> type:
@@ -59,7 +60,7 @@ def parse(
             print("\n".join(["examples:", *(f"  {example}" for example in examples)]))
         raise
 
-# %% ../../nbs/90_app/92_cli.ipynb #e5718ec0
+# %% ../../nbs/90_app/92_cli.ipynb #631562df
 def main(
     argv: list[str] | None = None,  # the words after `fvlm`; None reads them from the command line
 ) -> int:

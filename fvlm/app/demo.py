@@ -6,7 +6,7 @@
 __all__ = ['DEMO_ARMS', 'frames_of', 'Looked', 'look', 'attention_and_heads', 'DemoRun', 'run_demo', 'demo_report',
            'over_windows', 'first_real', 'DemoCommand', 'plain_table']
 
-# %% ../../nbs/90_app/91_demo.ipynb #4734af56
+# %% ../../nbs/90_app/91_demo.ipynb #7f47002e
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..training.embedding_splits import EmbeddedClip, EmbeddingSplits
 from ..training.recipes import ARMS, SCVFPRecipe, demo_worlds, load_recipe, open_splits
 from ..training.records import read_records
 
-# %% ../../nbs/90_app/91_demo.ipynb #2442729e
+# %% ../../nbs/90_app/91_demo.ipynb #114c4275
 def frames_of(
     clip: EmbeddedClip,  # from a file or from a world of the demo
     indices,  # which frames
@@ -90,7 +90,7 @@ def look(
         copied=list(frames_of(clip, last[picked].tolist())), errors={"prediction": mse(prediction), "copy-last": mse(batch["embeddings"][:, -1])},
         hits=float((same & ((frame - target).abs() < windows.gap)).float().mean()), copies=float((same & (frame <= last)).float().mean()))
 
-# %% ../../nbs/90_app/91_demo.ipynb #a2ffba5a
+# %% ../../nbs/90_app/91_demo.ipynb #f7c8e794
 @torch.inference_mode()
 def attention_and_heads(
     model: SCVFP,  # trained
@@ -103,7 +103,7 @@ def attention_and_heads(
     attention = torch.cat([a.float().mean(0)[:, -1] for a in outputs["attention"]])
     return attention, head_cosine(outputs["heads"][-1].float())
 
-# %% ../../nbs/90_app/91_demo.ipynb #99699286
+# %% ../../nbs/90_app/91_demo.ipynb #ebc337ea
 DEMO_ARMS = ("mhsa", "scmhsa", "scmhsa_similarity")
 
 
@@ -156,7 +156,7 @@ def run_demo(
     rows = comparison(read_records(root, "demo"), "demo")
     return DemoRun(rows=rows, trained=trained, splits=splits, bad=list(folder.bad) if folder else [], encoder=embedder, seconds=time.perf_counter() - started)
 
-# %% ../../nbs/90_app/91_demo.ipynb #5142af4a
+# %% ../../nbs/90_app/91_demo.ipynb #9e8ac8d2
 def demo_report(
     run: DemoRun,  # what was found
     recipe: SCVFPRecipe,  # how
@@ -172,9 +172,10 @@ def demo_report(
         (str(len(run.splits.clips["test"])), "held-out clips", f"{len(run.splits.test)} windows; {best.seeds} seed(s) an arm"))
     report.heading("Everybody on the same clips")
     report.table([asdict(r) | {"over_copy_last": r.over_copy_last, "over_ridge": r.over_ridge} for r in run.rows], [
-        Column("name", "predictor"), Column("standardised_mse", "standardised MSE", "lower is better", ".4f", "min", True),
-        Column("over_copy_last", "skill over copy-last", "1 - MSE / MSE(copy-last)", ".1%", "max"), Column("over_ridge", "less error than ridge", "", ".1%", "max"),
-        Column("cosine", "cosine", "higher is better", ".3f", "max"), Column("parameters", "parameters", "", ",.0f"), Column("seconds", "seconds", "a run", ".1f")],
+        Column(key="name", label="predictor"), Column(key="standardised_mse", label="standardised MSE", hint="lower is better", format=".4f", best="min", bar=True),
+        Column(key="over_copy_last", label="skill over copy-last", hint="1 - MSE / MSE(copy-last)", format=".1%", best="max"),
+        Column(key="over_ridge", label="less error than ridge", format=".1%", best="max"), Column(key="cosine", hint="higher is better", best="max"),
+        Column(key="parameters", format=",.0f"), Column(key="seconds", hint="a run", format=".1f")],
         caption="Mean over held-out clips and seeds; intervals from resampling both, paired. Standardised: every embedding dimension in units of its standard deviation on the training clips.")
     report.heading("Learning")
     curves = {arm: t.result.curve("val", "mse") for arm, t in run.trained.items()}
@@ -233,7 +234,7 @@ def first_real(
     real = [i for i, clip in enumerate(splits.clips["test"]) if clip.source not in demo_worlds() and i in able]
     return real[0] if real else min(able)
 
-# %% ../../nbs/90_app/91_demo.ipynb #1967d763
+# %% ../../nbs/90_app/91_demo.ipynb #900a66fc
 @dataclass(frozen=True, kw_only=True)
 class DemoCommand:
     "Decode, embed, train, judge, and write a page. Under four minutes on two cores; no account and no model hub."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCMHSA', 'FoldedSCMHSA', 'folded_weights']
 
-# %% ../../nbs/30_blocks/31_scmhsa.ipynb #aa73fc89
+# %% ../../nbs/30_blocks/31_scmhsa.ipynb #8884996d
 import warnings
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .self_attention import HeadDropout, SelfAttention, attention_weights, check_tokens
 from ..core import InputError, check_range
 
-# %% ../../nbs/30_blocks/31_scmhsa.ipynb #ae106c87
+# %% ../../nbs/30_blocks/31_scmhsa.ipynb #31d50ccd
 class SCMHSA(SelfAttention):
     """Semantic-concentration self-attention: every head projects the whole embedding to `head_dim`, by default all of dim.
 
@@ -46,7 +46,7 @@ class SCMHSA(SelfAttention):
         folded = FoldedSCMHSA(self.dim, self.num_heads, causal=self.causal, bias=self.proj.bias is not None, head_dropout=self.drop_heads.p, source=self)
         return folded.train(self.training)
 
-# %% ../../nbs/30_blocks/31_scmhsa.ipynb #aeba9ed8
+# %% ../../nbs/30_blocks/31_scmhsa.ipynb #a0a41280
 class FoldedSCMHSA(nn.Module):
     """SCMHSA as two products a head: scores (x A_h + a_h) x^T, output concat(P_h x) B + b. From `SCMHSA.fold()`, or on its own.
 
@@ -147,7 +147,7 @@ class FoldedSCMHSA(nn.Module):
         "The settings, for printing."
         return f"dim={self.dim}, num_heads={self.num_heads}, causal={self.causal}"
 
-# %% ../../nbs/30_blocks/31_scmhsa.ipynb #b04b80e3
+# %% ../../nbs/30_blocks/31_scmhsa.ipynb #ccdaf9f9
 def folded_weights(
     block: SCMHSA,  # of any head width, with or without biases
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHOTOS', 'World', 'SpriteWorld', 'MovingDigits', 'BouncingSprites', 'CuedTarget', 'photograph', 'PhotoPan']
 
-# %% ../../nbs/10_data/13_worlds.ipynb #5c7565c0
+# %% ../../nbs/10_data/13_worlds.ipynb #ac240a45
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from ..core import ConfigError, check_choice, check_range, numpy_generator
-from .sprites import COLOURS, NUMBERS, SHAPES, Sprite, article, bounced, digit_sprite, direction, handwritten_digits, listed, motion_phrase, object_flow, painted, shape_sprite, turns
+from .sprites import COLOURS, NUMBERS, SHAPES, article, bounced, digit_sprite, direction, handwritten_digits, listed, motion_phrase, object_flow, painted, shape_sprite, turns
 
-# %% ../../nbs/10_data/13_worlds.ipynb #b28de623
+# %% ../../nbs/10_data/13_worlds.ipynb #33d3f704
 def _check_span(name, span, low, high):
     "Nothing, if `span` is (smallest, largest) in this order and within [low, high]."
     if not isinstance(span, (tuple, list)) or len(span) != 2:
@@ -66,7 +66,7 @@ class World(Sequence):
         clip = self._clip(rng)
         return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in clip.items()}
 
-# %% ../../nbs/10_data/13_worlds.ipynb #87d81fee
+# %% ../../nbs/10_data/13_worlds.ipynb #2ce49d55
 def _placed(rng, sizes, side, whole, keep_clear=None):
     "(K,2) corners within the frame: of twenty random layouts the one whose boxes are furthest apart."
     room = side - sizes
@@ -90,7 +90,7 @@ def _velocities(rng, count, speed, whole):
         velocity[~velocity.any(1), 0] = 1
     return velocity
 
-# %% ../../nbs/10_data/13_worlds.ipynb #b05501f2
+# %% ../../nbs/10_data/13_worlds.ipynb #e38c41fe
 class SpriteWorld(World):
     "Sprites that bounce in a box; the first is in front."
 
@@ -114,7 +114,7 @@ class SpriteWorld(World):
         trajectories = (corners + half).astype(np.float32)
         return {"frames": frames, "masks": masks, "flow": object_flow(masks, corners), "trajectories": trajectories, "objects": [s.name for s in sprites], **extra}
 
-# %% ../../nbs/10_data/13_worlds.ipynb #efcc6b5a
+# %% ../../nbs/10_data/13_worlds.ipynb #108532f1
 @dataclass(frozen=True, kw_only=True)
 class MovingDigits(SpriteWorld):
     "Handwritten digits that bounce in a black box."
@@ -146,7 +146,7 @@ def _sentence(clauses):
     text = "; ".join(clauses) if len(clauses) > 2 else ", and ".join(clauses)
     return f"{text[0].upper()}{text[1:]}."
 
-# %% ../../nbs/10_data/13_worlds.ipynb #3be3c9bc
+# %% ../../nbs/10_data/13_worlds.ipynb #78dd9983
 @dataclass(frozen=True, kw_only=True)
 class BouncingSprites(SpriteWorld):
     "A target shape (object 0) that bounces among distractors over a soft gradient."
@@ -180,7 +180,7 @@ class BouncingSprites(SpriteWorld):
         caption = _sentence([f"{article(sprites[0].name)} {motion_phrase(corners[:, 0])}{among}"])
         return sprites, background, corners, {"caption": caption}
 
-# %% ../../nbs/10_data/13_worlds.ipynb #127c312c
+# %% ../../nbs/10_data/13_worlds.ipynb #1d513d3a
 @dataclass(frozen=True, kw_only=True)
 class CuedTarget(BouncingSprites):
     "Bouncing shapes of which a cue names one: `clip[\"cue\"]` is its index, the caption tells its motion."
@@ -216,7 +216,7 @@ def _outline(picture, corner, shape):
     x0, y0, x1, y1 = max(x - 3, 0), max(y - 3, 0), min(x + shape[1] + 2, size - 1), min(y + shape[0] + 2, size - 1)
     picture[[y0, y1], x0 : x1 + 1] = picture[y0 : y1 + 1, [x0, x1]] = 1.0
 
-# %% ../../nbs/10_data/13_worlds.ipynb #a34058e2
+# %% ../../nbs/10_data/13_worlds.ipynb #57373db6
 PHOTOS = {"china": "a pagoda by a lake", "flower": "a flower in close-up"}
 
 
@@ -235,7 +235,7 @@ def photograph(
     pixels.flags.writeable = False
     return pixels
 
-# %% ../../nbs/10_data/13_worlds.ipynb #c9f19525
+# %% ../../nbs/10_data/13_worlds.ipynb #0843a325
 @dataclass(frozen=True, kw_only=True)
 class PhotoPan(World):
     "A window that glides over a real photograph and turns back at its edges."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed_clip', 'ExtractionReport', 'embed_folder']
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #cd811584
+# %% ../../nbs/20_encoders/24_extraction.ipynb #52a52373
 import json
 import time
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ..data.clips import find_videos
 from ..data.embedding_cache import EmbeddingCache, clip_key
 from ..files import written_whole
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #5bb35b89
+# %% ../../nbs/20_encoders/24_extraction.ipynb #c632b98e
 def embed_clip(
     path,  # a video file
     embedder,  # a FrameEmbedder, or anything with .fingerprint, .embed_dim that turns (T,H,W,3) uint8 into (1,T,D)
@@ -34,7 +34,7 @@ def embed_clip(
     """
     return cache.get_or_embed(path, embedder, stride=stride, flip=flip, batch_frames=batch_frames)
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #3812cbb9
+# %% ../../nbs/20_encoders/24_extraction.ipynb #fa8ad151
 @dataclass(frozen=True, kw_only=True)
 class ExtractionReport:
     "What one run over a folder did."
@@ -103,8 +103,10 @@ def embed_folder(
         for name, path in bar:
             try:
                 key = clip_key(path, stride=stride, flip=flip)
-                known = cache.get(key, embedder.fingerprint) is not None
-                rows = embed_clip(path, embedder, cache, stride=stride, flip=flip, batch_frames=batch_frames)
+                rows = cache.get(key, embedder.fingerprint)
+                known = rows is not None
+                if not known:
+                    rows = embed_clip(path, embedder, cache, stride=stride, flip=flip, batch_frames=batch_frames)
             except VideoError as error:
                 bad.append((name, error.reason))
                 continue

@@ -7,7 +7,7 @@ __all__ = ['ATTENTION_ARMS', 'PRESETS', 'ACTIVATIONS', 'SCVFPConfig', 'paper', '
            'sinusoidal_positions', 'HybridAttention', 'attention_arm', 'dropout', 'EncoderBlock', 'EmbeddingEncoder',
            'StrictlySaved', 'SCVFP', 'start_from_ridge']
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #550705ab
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #3566e283
 import dataclasses
 import re
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from ..files import read_json, write_json, written_whole
 from .baselines import RidgeRegression, context_of
 from ..objectives.losses import SIMILARITY_KINDS, embedding_mse_loss, semantic_similarity_loss
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #747e281c
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #ccd23a90
 ATTENTION_ARMS = {
     "mhsa_chunked": "each head sees only its own chunk of the embedding: block-diagonal projections",
     "mhsa": "ordinary attention: each head projects the whole embedding to width / num_heads",
@@ -125,7 +125,7 @@ class SCVFPConfig:
             raise ConfigError("embed_dim: missing, expected the dimension of the frame embeddings")
         return cls(**values)
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #e3b8e1ff
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #a85fc560
 def paper() -> dict:
     "As published: 6 blocks, 8 full-width heads, feed-forward 2048, ReLU, post-norm, dropout 0.1. Cost: hours on two cores at 768."
     return dict(embed_dim=768)
@@ -148,7 +148,7 @@ def tiny() -> dict:
 
 PRESETS = {preset.__name__: preset for preset in (paper, paper_budget, small, tiny)}
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #2a12851e
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #09ca851d
 def sinusoidal_positions(
     length: int,  # tokens
     dim: int,  # width of a token
@@ -158,7 +158,7 @@ def sinusoidal_positions(
     angle = torch.arange(length, dtype=torch.float32)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim].contiguous()
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #c7b2a9a1
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #9184029d
 class HybridAttention(nn.Module):
     "sigmoid(g) SCMHSA(x) + (1 - sigmoid(g)) MHSA(x) with one learned g, 0 at the start."
 
@@ -216,7 +216,7 @@ def attention_arm(
     }
     return arms[config.attention]()
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #2aee41c1
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #bec82a96
 def dropout(
     x: Tensor,  # any shape, floating point
     p: float,  # chance of an element to become 0, in [0, 1), rounded to a multiple of 1/65536
@@ -233,7 +233,7 @@ def dropout(
     torch.ge(bits[:count].view(x.shape), lowest - 32768, out=keep)  # written as 0 and 1 of the right type: casting a bool costs ten times as much
     return x * keep.mul_(65536 / (65536 - lowest))
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #51e31679
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #da46ce00
 class EncoderBlock(nn.Module):
     "Attention over time and a feed-forward part, each with its residual and its LayerNorm."
 
@@ -280,7 +280,7 @@ class EncoderBlock(nn.Module):
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #771b4546
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #ad9300ca
 class EmbeddingEncoder(nn.Module):
     """A projection where the widths differ, fixed positions, and the blocks.
 
@@ -328,7 +328,7 @@ def _drawn_from(seed: int):
         torch.default_generator.manual_seed(derive_seed(seed, "initial parameters"))  # torch.manual_seed would touch CUDA too
         yield
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #c23559a0
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #f3c801cc
 class StrictlySaved(PyTorchModelHubMixin, library_name="fvlm", license="apache-2.0"):
     "save_pretrained and from_pretrained for `cls(config, **parts)`: config.json and model.safetensors, checked key by key."
 
@@ -402,7 +402,7 @@ def _tensors_of(path: Path, expected: dict[str, tuple]) -> dict[str, Tensor]:
             raise WeightsError(f"{path}: {name} is {x.dtype} and {'finite' if torch.isfinite(x.float()).all() else 'not finite'}, expected finite torch.float32")
     return state
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #6a6483c1
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #430f0d09
 class SCVFP(nn.Module, StrictlySaved):
     """The next frame's embedding from the last M.
 
@@ -491,7 +491,7 @@ class SCVFP(nn.Module, StrictlySaved):
     @property
     def gates(self) -> list[float]:
         "How much of each block's attention is SCMHSA, 0..1; empty for arms without a gate."
-        return [float(block.attention.gate.sigmoid()) for block in self.encoder.blocks if isinstance(block.attention, HybridAttention)]
+        return [float(block.attention.gate.detach().sigmoid()) for block in self.encoder.blocks if isinstance(block.attention, HybridAttention)]
 
     @classmethod
     def tiny(
@@ -502,7 +502,7 @@ class SCVFP(nn.Module, StrictlySaved):
         "A model that trains in seconds on a CPU: the preset `tiny`, embeddings of 16 dimensions."
         return cls(SCVFPConfig.preset("tiny"), seed=seed)
 
-# %% ../../nbs/50_models/51_sc_vfp.ipynb #885ff398
+# %% ../../nbs/50_models/51_sc_vfp.ipynb #05f7f71f
 @torch.no_grad()
 def start_from_ridge(
     model: SCVFP,  # with linear_skip=True; freshly made and predicting residuals, it then equals ridge exactly

@@ -6,7 +6,7 @@
 __all__ = ['MSE_REDUCTIONS', 'PSNR_REDUCTIONS', 'SSIM_WINDOWS', 'LPIPS_BACKBONES', 'R2_AVERAGES', 'mse', 'psnr', 'ssim',
            'lpips_weights', 'lpips', 'embedding_mse', 'embedding_cosine', 'embedding_psnr', 'r2', 'skill']
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #9f2eedf8
+# %% ../../nbs/40_objectives/41_metrics.ipynb #8dcd84e3
 import functools
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..core import InputError, ShapeError, WeightsError, cache_dir, check_choice
 from ..files import sha256_of, written_whole
 from .losses import check_pair, unit_vectors
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #5c161a0a
+# %% ../../nbs/40_objectives/41_metrics.ipynb #b6368d4f
 def _images(prediction: Tensor, target: Tensor, data_range: float | None = None, smallest: int = 1) -> tuple[Tensor, Tensor]:
     "Both as floating point in at least float32, checked: equal shapes (..., C, H, W), finite, within the stated range."
     tensors = []
@@ -41,7 +41,7 @@ def _images(prediction: Tensor, target: Tensor, data_range: float | None = None,
 def _reduced(values: Tensor, reduction: str) -> Tensor:
     return values if reduction == "none" else values.mean()
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #fa981927
+# %% ../../nbs/40_objectives/41_metrics.ipynb #445e7fc5
 MSE_REDUCTIONS = {
     "mean": "averaged over pixels, channels and frames",
     "sum_pixels": "summed over the pixels and channels of a frame, averaged over frames (the Moving-MNIST tables of OpenSTL)",
@@ -64,7 +64,7 @@ def mse(
     by_frame = (prediction - target).square().flatten(-3)
     return _reduced(by_frame.sum(-1), "mean") if reduction == "sum_pixels" else _reduced(by_frame.mean(-1), reduction)
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #c006108b
+# %% ../../nbs/40_objectives/41_metrics.ipynb #493c7ec5
 PSNR_REDUCTIONS = {
     "mean": "PSNR of each frame, averaged over frames",
     "pooled": "PSNR of the squared error averaged over all frames",
@@ -93,7 +93,7 @@ def psnr(
     values = peak_signal_noise_ratio(*frames, data_range=float(data_range), reduction="none", dim=1)
     return _reduced(values.reshape(target.shape[:-3]), reduction)
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #c9733932
+# %% ../../nbs/40_objectives/41_metrics.ipynb #ace08b4c
 SSIM_WINDOWS = {
     "gaussian11": "11x11 Gaussian, sigma 1.5, population variances, windows inside the frame only (Wang et al. 2004; scikit-image with gaussian_weights=True, use_sample_covariance=False)",
     "gaussian11_padded": "the same window, the frame padded by reflection, every pixel counted (the default of torchmetrics)",
@@ -131,7 +131,7 @@ def ssim(
     inside = everywhere[..., border : everywhere.shape[-2] - border, border : everywhere.shape[-1] - border]
     return _reduced(inside.flatten(1).mean(1).reshape(target.shape[:-3]), reduction)
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #76adb0d1
+# %% ../../nbs/40_objectives/41_metrics.ipynb #d0a417f1
 LPIPS_BACKBONES = {
     "alex": ("alexnet", "alexnet-owt-7be5be79.pth"),
     "squeeze": ("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth"),
@@ -183,7 +183,7 @@ def _download(url: str, final: Path, file: str) -> None:
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise WeightsError(f"lpips: {url} cannot be reached ({error}); put {file} into {final.parent} by hand or pass path=") from error
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #5fbbfe98
+# %% ../../nbs/40_objectives/41_metrics.ipynb #1258edc5
 @functools.lru_cache(maxsize=1)
 def _lpips_network(net: str, path: Path, changed_ns: int) -> torch.nn.Module:
     "torchmetrics' LPIPS network with the backbone of `path`, read without executing anything in it."
@@ -225,7 +225,7 @@ def lpips(
     with torch.no_grad():
         return _reduced(network(*frames, normalize=True).reshape(target.shape[:-3]), reduction)
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #b81b160d
+# %% ../../nbs/40_objectives/41_metrics.ipynb #442381b4
 def embedding_mse(
     prediction: Tensor,  # (..., D) predicted embeddings
     target: Tensor,  # (..., D) true embeddings
@@ -264,7 +264,7 @@ def _embeddings(prediction: Tensor, target: Tensor, reduction: str, reductions=(
     wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     return check_finite("prediction", prediction).to(wide), check_finite("target", target).to(wide)
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #a4b85e71
+# %% ../../nbs/40_objectives/41_metrics.ipynb #8a1e8be8
 def embedding_psnr(
     prediction: Tensor,  # (..., D) predicted embeddings
     target: Tensor,  # (..., D) true embeddings
@@ -279,7 +279,7 @@ def embedding_psnr(
     error = error.mean() if reduction == "pooled" else error
     return _reduced(10 * torch.log10(data_range**2 / error), "none" if reduction == "pooled" else reduction)
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #cd500295
+# %% ../../nbs/40_objectives/41_metrics.ipynb #b0ddbd1c
 R2_AVERAGES = {
     "variance_weighted": "one ratio of sums over all dimensions: large dimensions weigh more",
     "uniform_average": "a ratio for each dimension, then their mean",
@@ -307,7 +307,7 @@ def r2(
     values = 1 - residual / total
     return values.mean() if average == "uniform_average" else values
 
-# %% ../../nbs/40_objectives/41_metrics.ipynb #b6b81c11
+# %% ../../nbs/40_objectives/41_metrics.ipynb #cad5d1b1
 def skill(
     model_error: Tensor | float,  # errors >= 0 of the model, a number or one a clip, any shape
     copy_last_error: Tensor | float,  # errors of copy-last on the same clips, the same shape

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingError', 'TrainConfig', 'TrainEvent', 'TrainResult', 'train']
 
-# %% ../../nbs/60_training/62_loop.ipynb #e9052a58
+# %% ../../nbs/60_training/62_loop.ipynb #afba94bc
 import json
 import math
 import signal
@@ -26,11 +26,11 @@ from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from .records import plain_data, write_record
 from .steps import AveragedWeights, first_bad_tensor, learning_rate_factor, parameter_groups
 
-# %% ../../nbs/60_training/62_loop.ipynb #79c2fb6b
+# %% ../../nbs/60_training/62_loop.ipynb #7db861da
 class TrainingError(RuntimeError):
     "Training cannot go on: the message names step, tensor and samples. The weights are those before the bad step."
 
-# %% ../../nbs/60_training/62_loop.ipynb #19e77543
+# %% ../../nbs/60_training/62_loop.ipynb #94d281d6
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Give the length as `epochs` or as `steps`."
@@ -73,7 +73,7 @@ class TrainConfig:
         if self.learning_rates is not None:
             object.__setattr__(self, "learning_rates", {name: check_range(f"learning_rates[{name!r}]", factor, 0) for name, factor in self.learning_rates.items()})
 
-# %% ../../nbs/60_training/62_loop.ipynb #3ddb62b7
+# %% ../../nbs/60_training/62_loop.ipynb #8627c467
 @dataclass(frozen=True, kw_only=True)
 class TrainEvent:
     "What a callback sees after a step. A callback that returns True ends the run, with a good checkpoint."
@@ -124,6 +124,7 @@ class _Run:
         self.wrapped = accelerator.prepare_model(model)
         self.model = accelerator.unwrap_model(self.wrapped)
         vars(self.model).pop("_is_accelerate_prepared", None)  # accelerate's mark would outlive the run
+        # Not wrapped by accelerate: its wrapper looks for a package and inspects a signature every step, and does nothing else here.
         self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ("cpu", "cuda"))
         self.parameters = [p for group in groups for p in group["params"]]
         self.buffers = list(self.model.buffers())
@@ -265,7 +266,7 @@ def _model_config(model):
     config = getattr(model, "config", None)
     return {"class": type(model).__name__, **(plain_data(config, "model.config") if is_dataclass(config) or isinstance(config, Mapping) else {})}
 
-# %% ../../nbs/60_training/62_loop.ipynb #1664f186
+# %% ../../nbs/60_training/62_loop.ipynb #52347205
 @contextmanager
 def _accelerated(device):
     from accelerate import Accelerator
@@ -314,7 +315,7 @@ def _check_data(data):
             raise InputError(f"data[{name!r}]: {type(part).__name__} is empty or has no length, expected a data set with at least one sample")
     return data
 
-# %% ../../nbs/60_training/62_loop.ipynb #ea4fa080
+# %% ../../nbs/60_training/62_loop.ipynb #f331a5d1
 def train(
     model,  # nn.Module with forward(batch) -> outputs and loss(outputs, batch) -> {"loss": scalar, ...}; trained in place
     data: Mapping,  # {"train": data set, "val": data set or None}
