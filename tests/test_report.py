@@ -199,10 +199,11 @@ def test_charts_of_awkward_data():
     assert len(long) <= 402 and long[0][1] == "0" and long[-1][1] == "10000", "thinned, both ends kept"
 
 
-def test_end_labels_do_not_touch():
-    chart = line_chart({str(i): [1.0, 0.5 + 0.001 * i] for i in range(8)})
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_end_labels_do_not_touch_and_stay_on_the_chart(end):
+    chart = line_chart({str(i): [1.0 - end, end] for i in range(8)})
     heights = sorted(line["label_at"] for line in chart["lines"])
-    assert min(b - a for a, b in zip(heights, heights[1:])) >= 12 and heights[-1] <= chart["bottom"]
+    assert min(b - a for a, b in zip(heights, heights[1:])) >= 12 and heights[0] >= chart["top"] and heights[-1] <= chart["bottom"]
 
 
 def test_pictures_in_every_dialect():

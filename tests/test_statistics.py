@@ -147,15 +147,15 @@ def test_an_arm_without_seeds_is_paired_with_every_seed():
     assert "other seeds" in paired_bootstrap(a[:1], b).note and "other clips" in paired_bootstrap(a[:, :1], b[:, :1]).note
 
 
-@pytest.mark.parametrize(("seeds", "truth"), [(3, 0.4), (5, 0.4), (20, 0.4), (3, 0.0)])
+@pytest.mark.parametrize(("seeds", "truth"), [(3, 0.4), (5, 0.4), (20, 0.4)])
 def test_planted_effects_are_covered(seeds, truth):
-    hits, plain, repeats = 0, 0, 150
+    hits, plain, repeats = 0, 0, 250
     for i in range(repeats):
         g = draw("planted", seeds, truth, i)
         d = truth + 0.3 * g.standard_normal((seeds, 1)) + 0.8 * g.standard_normal((1, 30)) + 0.3 * g.standard_normal((seeds, 30))
         hits += not paired_bootstrap(d, np.zeros((1, 30)), resamples=300).excludes(truth)
         plain += not paired_bootstrap(d, np.zeros((1, 30)), resamples=300, small_sample=False).excludes(truth)
-    assert 0.9 <= hits / repeats <= 0.995  # 95 % within three counting errors
+    assert 0.91 <= hits / repeats <= 0.99  # 95 % within three counting errors; with 3 seeds the truth is nearer to 97 %
     if seeds == 3:
         assert hits > plain + 0.04 * repeats  # without the stretch three seeds promise too much
 

@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'help_text', 'load_command', 'parse', 'main']
 
-# %% ../../nbs/90_app/92_cli.ipynb #8ba8a85d
+# %% ../../nbs/90_app/92_cli.ipynb #2538235c
 import sys
 from importlib import import_module
 
 from .. import __version__
 from ..core import InputError, check_choice
 
-# %% ../../nbs/90_app/92_cli.ipynb #316be79a
+# %% ../../nbs/90_app/92_cli.ipynb #960ad7d6
 COMMANDS = {
     "demo": ("fvlm.app.demo:DemoCommand", "real clips, a real ViT, SC-VFP against the trivial predictors, a report"),
     "embed": ("fvlm.app.commands:EmbedCommand", "embed every frame of a folder of videos, once, into a cache"),
+    "train": ("fvlm.app.sc_vfp_commands:TrainCommand", "train SC-VFP on a folder of videos or on generated worlds"),
+    "evaluate": ("fvlm.app.sc_vfp_commands:EvaluateCommand", "judge a trained run against the trivial predictors"),
+    "predict": ("fvlm.app.sc_vfp_commands:PredictCommand", "the future of a clip as a trained run sees it, beside what came"),
+    "study": ("fvlm.app.sc_vfp_commands:StudyCommand", "run or go on with a grid of runs"),
     "weights": ("fvlm.app.commands:WeightsCommand", "list, find or get pretrained weights and sample clips"),
     "doctor": ("fvlm.app.doctor:DoctorCommand", "check this machine: decoder, weights, threads, bf16, disk"),
 }
 
-# %% ../../nbs/90_app/92_cli.ipynb #cc24c1ab
+# %% ../../nbs/90_app/92_cli.ipynb #3f708bfb
 def help_text() -> str:
     "What `fvlm --help` prints: every command with its line."
     width = max(map(len, COMMANDS))
@@ -32,7 +36,7 @@ def help_text() -> str:
         "--debug, anywhere, shows where an error came from; --version shows the version.",
     ])
 
-# %% ../../nbs/90_app/92_cli.ipynb #f84422ac
+# %% ../../nbs/90_app/92_cli.ipynb #9767d010
 def load_command(
     name: str,  # one of COMMANDS
 ) -> type:
@@ -60,7 +64,7 @@ def parse(
             print("\n".join(["examples:", *(f"  {example}" for example in examples)]))
         raise
 
-# %% ../../nbs/90_app/92_cli.ipynb #631562df
+# %% ../../nbs/90_app/92_cli.ipynb #a1b9f3ba
 def main(
     argv: list[str] | None = None,  # the words after `fvlm`; None reads them from the command line
 ) -> int:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'KTH_GROUP', 'EmbeddedClip', 'embed_videos', 'embed_world', 'drawn_split', 'kth_ranges', 'kth_side',
-           'kth_folder', 'EmbeddingSplits', 'make_splits']
+           'kth_folder', 'JoinedWindows', 'EmbeddingSplits', 'make_splits']
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #de255433
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #b81eae92
 import hashlib
 import re
 from collections.abc import Callable
@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from ..core import ConfigError, InputError, VideoError, check_choice, check_range, derive_seed
 from ..data.clips import VideoFolder
 from ..data.embedding_cache import EmbeddingCache
 from ..data.embedding_windows import EmbeddingWindows, Standardiser
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #f702e114
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #751204f8
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedClip:
     "A clip after the frozen encoder: one row a frame."
@@ -36,7 +37,7 @@ class EmbeddedClip:
         "The rows inside the ranges, (n,D)."
         return self.rows if self.ranges is None else np.concatenate([self.rows[a:b] for a, b in self.ranges])
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #7ddbe562
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #b03d2d05
 def embed_videos(
     folder: VideoFolder,  # the videos, already probed, with their groups and ranges
     embedder,  # a FrameEmbedder
@@ -88,7 +89,7 @@ def embed_world(
         clips.append(EmbeddedClip(name=f"{name}/{i:03d}", group=f"{name}/{i:03d}", rows=rows, source=name))
     return clips
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #316962fa
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #dac11bdd
 SIDES = ("train", "val", "test")
 
 
@@ -119,7 +120,7 @@ def drawn_split(
     sides = np.repeat(SIDES, sizes)
     return {names[i]: str(side) for i, side in zip(order, sides)}
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #fc0547ec
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #c64be88e
 def kth_ranges(
     path,  # the dataset's own list, kth_sequences.txt
 ) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -167,12 +168,62 @@ def kth_folder(
 
     return VideoFolder(root, context_frames=context_frames, gap=gap, group=KTH_GROUP, ranges=of_clip, progress=progress, only=KTH_GROUP)
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #e8ac3815
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #d586c671
+class JoinedWindows(Dataset):
+    "Several sets of windows as one: the same clips read at different gaps."
+
+    def __init__(
+        self,
+        parts: list[EmbeddingWindows],  # at least one; equal context_frames and embed_dim
+    ):
+        if not parts:
+            raise InputError("parts: got none, expected at least one EmbeddingWindows")
+        self.parts, self.embed_dim, self.context_frames = list(parts), parts[0].embed_dim, parts[0].context_frames
+        self.firsts = torch.tensor([0, *np.cumsum([len(part) for part in parts])])
+        self.gaps = [part.gap for part in parts]
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def batch(
+        self,
+        indices,  # window numbers over all parts: list, array or tensor
+    ) -> dict[str, torch.Tensor]:
+        "embeddings (B,M,D), target (B,D), clip (B,), start (B,), in the order of `indices`."
+        indices = torch.as_tensor(indices, dtype=torch.long)
+        owner = torch.bucketize(indices, self.firsts[1:], right=True)
+        found, order = [], []
+        for number in owner.unique().tolist():
+            places = (owner == number).nonzero().flatten()
+            found.append(self.parts[number].batch(indices[places] - self.firsts[number]))
+            order.append(places)
+        back = torch.cat(order).argsort()
+        return {key: torch.cat([batch[key] for batch in found])[back] for key in found[0]}
+
+    def __getitem__(self, i: int) -> dict:
+        return {key: value[0] for key, value in self.batch([range(len(self))[i]]).items()}
+
+    @property
+    def context(self) -> torch.Tensor:
+        "All contexts (n,M,D)."
+        return torch.cat([part.context for part in self.parts])
+
+    @property
+    def targets(self) -> torch.Tensor:
+        "All targets (n,D)."
+        return torch.cat([part.targets for part in self.parts])
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        "The rows of all clips, once, (rows,D)."
+        return self.parts[0].matrix
+
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #46f9b2fe
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSplits:
     "Train, validation and test windows of the same encoder, standardised with training rows."
 
-    train: EmbeddingWindows  # windows of training clips
+    train: JoinedWindows  # windows of training clips, at one or several gaps
     val: EmbeddingWindows  # of validation clips: early stopping, ridge's penalty, nothing else
     test: EmbeddingWindows  # of test clips: looked at once, at the end
     clips: dict  # side -> list of EmbeddedClip, in the order of the windows' clip numbers
@@ -199,12 +250,13 @@ def make_splits(
     context_frames: int = 5,  # M
     gap: int = 4,  # rows between neighbours of a window
     step: int = 1,  # rows between the starts of neighbouring windows
+    gap_jitter: int = 0,  # training windows also at gaps within this of `gap`: the same motion at other speeds
 ) -> EmbeddingSplits:
     """The three sets of windows.
 
     Raises: InputError if a side is empty or gives no window; ConfigError if the rule names another side.
     """
-    check_range("step", step, low=1, integer=True)
+    check_range("gap_jitter", gap_jitter, low=0, integer=True)
     rule = side_of.__getitem__ if isinstance(side_of, dict) else side_of
     sides = {side: [] for side in SIDES}
     for clip in clips:
@@ -212,17 +264,24 @@ def make_splits(
     if empty := [side for side, members in sides.items() if not members]:
         raise InputError(f"clips: no clip for {', '.join(empty)}; got {len(clips)} clips in {len({c.group for c in clips})} groups")
     standardiser = Standardiser.fit([c.kept_rows() for c in sides["train"]])
-    windows = {}
-    for side, members in sides.items():
+    def windows(side, gap):
+        members = sides[side]
+        return EmbeddingWindows(
+            [c.rows for c in members], context_frames=context_frames, gap=gap, step=step, standardiser=standardiser,
+            ranges=[None if c.ranges is None else list(c.ranges) for c in members], clip_names=[c.name for c in members])
+
+    found = {}
+    for side in SIDES:
         try:
-            windows[side] = EmbeddingWindows(
-                [c.rows for c in members], context_frames=context_frames, gap=gap, step=step, standardiser=standardiser,
-                ranges=[None if c.ranges is None else list(c.ranges) for c in members], clip_names=[c.name for c in members])
+            found[side] = windows(side, gap)
         except InputError as error:
             raise InputError(f"{side} clips: {error}") from error
-    digest = hashlib.sha256(f"{encoder}|{context_frames}|{gap}|{step}".encode())
+    longest = max(b - a for c in sides["train"] for a, b in (c.ranges or ((0, len(c.rows)),)))
+    others = [g for g in range(max(1, gap - gap_jitter), gap + gap_jitter + 1) if g != gap and context_frames * g < longest]
+    found["train"] = JoinedWindows([found["train"], *(windows("train", g) for g in others)])
+    digest = hashlib.sha256(f"{encoder}|{context_frames}|{gap}|{step}|{gap_jitter}".encode())
     for side, members in sides.items():
         for clip in members:
             digest.update(f"|{side}|{clip.name}|{clip.group}|{clip.ranges}|{clip.rows.shape}|".encode())
             digest.update(np.ascontiguousarray(clip.rows).tobytes())
-    return EmbeddingSplits(**windows, clips=sides, standardiser=standardiser, fingerprint=digest.hexdigest())
+    return EmbeddingSplits(**found, clips=sides, standardiser=standardiser, fingerprint=digest.hexdigest())
