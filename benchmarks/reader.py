@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.timing import Table, compare, geometric_mean
 
 FRAMES = 16
-CLIPS_A_SOURCE = 6
+CLIPS_A_SOURCE = 3
 SOURCES = ("kth", "kinetics400", "intel_samples")
 
 
@@ -89,7 +89,7 @@ def main() -> Table:
                 if work:
                     same = lambda: all(np.array_equal(read_clip(p, i).numpy(), bare(p, i)) for p, i in work)  # noqa: B023,E731
                     runs.append(compare(source, ours=lambda: [read_clip(p, i) for p, i in work], theirs=lambda: [bare(p, i) for p, i in work],  # noqa: B023
-                                        check=same, rounds=9, threads=(count,)))
+                                        check=same, rounds=7, threads=(count,)))
                     table.add(f"{source}: {len(work)} clips of {FRAMES} frames", runs[-1])
         if runs:
             table.add(f"all sources, geometric mean ({out} files left out: bare decord reads them wrongly)", geometric_mean("reader", *runs), bar=0.95, aim=1.2)

@@ -494,6 +494,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fvlm/evidence/experiment.py'),
                                           'fvlm.evidence.experiment.run_grid': ( '70_evidence/experiment.html#run_grid',
                                                                                  'fvlm/evidence/experiment.py'),
+                                          'fvlm.evidence.experiment.skill_interval': ( '70_evidence/experiment.html#skill_interval',
+                                                                                       'fvlm/evidence/experiment.py'),
                                           'fvlm.evidence.experiment.standardised_mse': ( '70_evidence/experiment.html#standardised_mse',
                                                                                          'fvlm/evidence/experiment.py'),
                                           'fvlm.evidence.experiment.train_arm': ( '70_evidence/experiment.html#train_arm',

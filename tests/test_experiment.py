@@ -74,10 +74,10 @@ def test_rows_of_different_data_are_not_compared(tmp_path):
 def test_table_has_every_row_and_no_skill_over_itself(tmp_path):
     grid(tmp_path)
     rows = {r.name: r for r in comparison(read_records(tmp_path, "study"), "here")}
-    assert set(rows) == {*BASELINES, "mhsa"} and rows["mhsa"].seeds == 2 and rows["copy_last"].over_copy_last is None
+    assert set(rows) == {*BASELINES, "mhsa"} and rows["mhsa"].seeds == 2 and rows["copy_last"].over_copy_last is None and rows["copy_last"].skill == 0
     errors = errors_of([r for r in read_records(tmp_path, "study") if "mhsa" in r.run])[0]
     assert errors.shape == (2, 3) and rows["mhsa"].standardised_mse == pytest.approx(errors.mean())
-    assert rows["mhsa"].over_copy_last.estimate == pytest.approx(1 - errors.mean() / rows["copy_last"].standardised_mse)
+    assert rows["mhsa"].skill == pytest.approx(1 - errors.mean() / rows["copy_last"].standardised_mse)
     assert markdown_table(list(rows.values())).count("\n") == len(rows) + 1
 
 

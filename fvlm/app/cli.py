@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'help_text', 'load_command', 'parse', 'main']
 
-# %% ../../nbs/90_app/92_cli.ipynb #2538235c
+# %% ../../nbs/90_app/92_cli.ipynb #f34af89b
 import sys
 from importlib import import_module
 
 from .. import __version__
 from ..core import InputError, check_choice
 
-# %% ../../nbs/90_app/92_cli.ipynb #960ad7d6
+# %% ../../nbs/90_app/92_cli.ipynb #81d911bf
 COMMANDS = {
     "demo": ("fvlm.app.demo:DemoCommand", "real clips, a real ViT, SC-VFP against the trivial predictors, a report"),
     "embed": ("fvlm.app.commands:EmbedCommand", "embed every frame of a folder of videos, once, into a cache"),
@@ -24,7 +24,7 @@ COMMANDS = {
     "doctor": ("fvlm.app.doctor:DoctorCommand", "check this machine: decoder, weights, threads, bf16, disk"),
 }
 
-# %% ../../nbs/90_app/92_cli.ipynb #3f708bfb
+# %% ../../nbs/90_app/92_cli.ipynb #241fabaa
 def help_text() -> str:
     "What `fvlm --help` prints: every command with its line."
     width = max(map(len, COMMANDS))
@@ -36,7 +36,7 @@ def help_text() -> str:
         "--debug, anywhere, shows where an error came from; --version shows the version.",
     ])
 
-# %% ../../nbs/90_app/92_cli.ipynb #9767d010
+# %% ../../nbs/90_app/92_cli.ipynb #998a4de4
 def load_command(
     name: str,  # one of COMMANDS
 ) -> type:
@@ -56,15 +56,18 @@ def parse(
     import tyro
 
     command = load_command(name)
+    options = {"prog": f"fvlm {name}", "config": (tyro.conf.FlagCreatePairsOff,)}
+    if hasattr(command, "chosen"):
+        options["default"], arguments = command.chosen(arguments)
     try:
-        return tyro.cli(command, args=arguments, prog=f"fvlm {name}", config=(tyro.conf.FlagCreatePairsOff,))
+        return tyro.cli(command, args=arguments, **options)
     except SystemExit as stop:
         examples = getattr(command, "EXAMPLES", ())
         if not stop.code and examples:
             print("\n".join(["examples:", *(f"  {example}" for example in examples)]))
         raise
 
-# %% ../../nbs/90_app/92_cli.ipynb #a1b9f3ba
+# %% ../../nbs/90_app/92_cli.ipynb #92844813
 def main(
     argv: list[str] | None = None,  # the words after `fvlm`; None reads them from the command line
 ) -> int:
@@ -72,14 +75,12 @@ def main(
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"fvlm {__version__}")
-        return 0
+    first = arguments[0] if arguments else "--help"
     try:
-        code = parse(arguments[0], arguments[1:]).run()
+        if first in ("-h", "--help", "help", "-V", "--version"):
+            print(f"fvlm {__version__}" if first in ("-V", "--version") else help_text(), flush=True)
+            return 0
+        code = parse(first, arguments[1:]).run()
         sys.stdout.flush()
         return code
     except SystemExit as stop:

@@ -6,7 +6,7 @@
 __all__ = ['DEMO_ARMS', 'frames_of', 'Looked', 'look', 'attention_and_heads', 'DemoRun', 'run_demo', 'demo_report',
            'over_windows', 'first_real', 'DemoCommand', 'plain_table']
 
-# %% ../../nbs/90_app/91_demo.ipynb #44bcef2e
+# %% ../../nbs/90_app/91_demo.ipynb #e1d8a9f8
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..training.embedding_splits import EmbeddedClip, EmbeddingSplits
 from ..training.recipes import ARMS, SCVFPRecipe, demo_worlds, load_recipe, open_splits
 from ..training.records import read_records
 
-# %% ../../nbs/90_app/91_demo.ipynb #4950533e
+# %% ../../nbs/90_app/91_demo.ipynb #a2195aa3
 def frames_of(
     clip: EmbeddedClip,  # from a file or from a world of the demo
     indices,  # which frames
@@ -89,7 +89,7 @@ def look(
         copied=list(frames_of(clip, last[picked].tolist())), errors={"prediction": mse(prediction), "copy-last": mse(batch["embeddings"][:, -1])},
         hits=float((same & ((frame - target).abs() < windows.gap)).float().mean()), copies=float((same & (frame <= last)).float().mean()))
 
-# %% ../../nbs/90_app/91_demo.ipynb #34de8a22
+# %% ../../nbs/90_app/91_demo.ipynb #707378c1
 @torch.inference_mode()
 def attention_and_heads(
     model: SCVFP,  # trained
@@ -102,7 +102,7 @@ def attention_and_heads(
     attention = torch.cat([a.float().mean(0)[:, -1] for a in outputs["attention"]])
     return attention, head_cosine(outputs["heads"][-1].float())
 
-# %% ../../nbs/90_app/91_demo.ipynb #443c0c2d
+# %% ../../nbs/90_app/91_demo.ipynb #6a0550dc
 DEMO_ARMS = ("mhsa", "scmhsa", "scmhsa_similarity")
 
 
@@ -155,22 +155,23 @@ def run_demo(
     rows = comparison(read_records(root, "demo"), "demo")
     return DemoRun(rows=rows, trained=trained, splits=splits, bad=list(folder.bad) if folder else [], encoder=embedder, seconds=time.perf_counter() - started)
 
-# %% ../../nbs/90_app/91_demo.ipynb #00443c50
+# %% ../../nbs/90_app/91_demo.ipynb #49bdf77c
 def demo_report(
     run: DemoRun,  # what was found
     recipe: SCVFPRecipe,  # how
 ) -> Report:
     "The page: verdict, table, curves, frames, attention, and what it cannot show."
     by_name, best = {r.name: r for r in run.rows}, min((r for r in run.rows if r.name not in BASELINES), key=lambda r: r.standardised_mse)
-    skill, ridge = best.over_copy_last, best.over_ridge
-    verdict = "better than" if ridge.low > 0 else "worse than" if ridge.high < 0 else "not distinguishable from"
-    report = Report("Predicting the next frame's embedding", lead=f"{best.name} leaves {1 - skill.estimate:.0%} of copy-last's error on held-out clips, and is {verdict} ridge regression.")
+    between = lambda interval: "no interval: one clip" if interval is None else f"95 % interval {interval.low:+.0%} to {interval.high:+.0%}"
+    ridge = best.over_ridge
+    verdict = "not distinguishable from" if ridge is None or ridge.low <= 0 <= ridge.high else "better than" if ridge.low > 0 else "worse than"
+    report = Report("Predicting the next frame's embedding", lead=f"{best.name} leaves {1 - best.skill:.0%} of copy-last's error on held-out clips, and is {verdict} ridge regression.")
     report.highlights(
-        (f"{skill.estimate:.0%}", "less error than repeating the last embedding", f"95 % interval {skill.low:.0%} to {skill.high:.0%}"),
-        (f"{ridge.estimate:+.0%}", "less error than ridge regression", f"95 % interval {ridge.low:+.0%} to {ridge.high:+.0%}"),
+        (f"{best.skill:+.0%}", "less error than repeating the last embedding", between(best.over_copy_last)),
+        (f"{best.less_than_ridge:+.0%}", "less error than ridge regression", between(ridge)),
         (str(len(run.splits.clips["test"])), "held-out clips", f"{len(run.splits.test)} windows; {best.seeds} seed(s) an arm"))
     report.heading("Everybody on the same clips")
-    report.table([asdict(r) | {"over_copy_last": r.over_copy_last, "over_ridge": r.over_ridge} for r in run.rows], [
+    report.table([asdict(r) | {"over_copy_last": r.over_copy_last or r.skill, "over_ridge": r.over_ridge or r.less_than_ridge} for r in run.rows], [
         Column(key="name", label="predictor"), Column(key="standardised_mse", label="standardised MSE", hint="lower is better", format=".4f", best="min", bar=True),
         Column(key="over_copy_last", label="skill over copy-last", hint="1 - MSE / MSE(copy-last)", format=".1%", best="max"),
         Column(key="over_ridge", label="less error than ridge", format=".1%", best="max"), Column(key="cosine", hint="higher is better", best="max"),
@@ -233,7 +234,7 @@ def first_real(
     real = [i for i, clip in enumerate(splits.clips["test"]) if clip.source not in demo_worlds() and i in able]
     return real[0] if real else min(able)
 
-# %% ../../nbs/90_app/91_demo.ipynb #95707f0c
+# %% ../../nbs/90_app/91_demo.ipynb #fd9bc514
 @dataclass(frozen=True, kw_only=True)
 class DemoCommand:
     "Decode, embed, train, judge, and write a page. Under four minutes on two cores; no account and no model hub."
@@ -275,6 +276,6 @@ def plain_table(
     "The rows for a terminal, 100 columns wide."
     lines = [f"{'predictor':18s} {'std. MSE':>9s} {'skill over copy-last':>27s} {'cosine':>7s} {'parameters':>11s} {'seconds':>8s}"]
     for r in rows:
-        skill = "" if r.over_copy_last is None else f"{r.over_copy_last.estimate:+.3f} [{r.over_copy_last.low:+.3f}, {r.over_copy_last.high:+.3f}]"
+        skill = f"{r.skill:+.3f}" + ("" if r.over_copy_last is None else f" [{r.over_copy_last.low:+.3f}, {r.over_copy_last.high:+.3f}]")
         lines.append(f"{r.name:18s} {r.standardised_mse:9.4f} {skill:>27s} {r.cosine:7.3f} {r.parameters:11,d} {r.seconds:8.1f}")
     return "\n".join(lines)

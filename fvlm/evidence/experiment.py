@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'BASELINES', 'standardised_mse', 'cosine', 'judge', 'over_clips', 'fitted_baseline', 'Trained',
-           'train_arm', 'described', 'write_cell', 'run_grid', 'Row', 'errors_of', 'comparison', 'markdown_table']
+           'train_arm', 'described', 'write_cell', 'run_grid', 'Row', 'errors_of', 'skill_interval', 'comparison',
+           'markdown_table']
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #cb00a674
+# %% ../../nbs/70_evidence/71_experiment.ipynb #04f9d114
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from ..training.loop import TrainResult, train
 from ..training.recipes import SCVFPRecipe, model_config
 from ..training.records import RunRecord, mean_by_clip, plain_data, read_records, write_record
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #6cf88bea
+# %% ../../nbs/70_evidence/71_experiment.ipynb #37df2292
 CONVENTIONS = {
     "standardised_mse": "squared error averaged over dimensions, embeddings standardised per dimension with training statistics; "
                         "mean over a clip's windows, then over clips",
@@ -66,7 +67,7 @@ def over_clips(
     "The mean over clips."
     return float(np.mean(list(by_clip.values())))
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #19cded0e
+# %% ../../nbs/70_evidence/71_experiment.ipynb #4d7f9265
 BASELINES = ("mean", "copy_last", "linear", "ridge")
 
 
@@ -81,7 +82,7 @@ def fitted_baseline(
         return RidgeRegression.select((splits.train.context, splits.train.targets), (splits.val.context, splits.val.targets))
     return {"copy_last": CopyLast, "linear": LinearExtrapolation}[name]()
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #5cb5f0a1
+# %% ../../nbs/70_evidence/71_experiment.ipynb #eb32e8d2
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     "A trained arm and what came of it."
@@ -130,7 +131,7 @@ def write_cell(
         data_fingerprint=splits.fingerprint, metrics={name: over_clips(values) for name, values in by_clip.items()},
         metrics_by_clip=by_clip, conventions=CONVENTIONS, seconds=seconds)
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #022330a8
+# %% ../../nbs/70_evidence/71_experiment.ipynb #26532829
 def run_grid(
     study: str,  # the study's name, a folder under `root`
     settings: dict[str, SCVFPRecipe],  # name -> recipe: data and encoder differ, arm and seed are filled in
@@ -180,7 +181,7 @@ def run_grid(
                 print(f"{run:55s} standardised MSE {over_clips(by_clip['standardised_mse']):.4f}   {seconds:6.1f} s", flush=True)
     return ran
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #46b073bf
+# %% ../../nbs/70_evidence/71_experiment.ipynb #8d831cd7
 @dataclass(frozen=True, kw_only=True)
 class Row:
     "One predictor of one setting, over its seeds."
@@ -191,9 +192,10 @@ class Row:
     cosine: float  # mean over seeds and clips
     parameters: int  # trained parameters
     seconds: float  # mean wall time of a run
-    over_copy_last: Interval | None  # 1 - MSE / MSE(copy-last): skill, with its interval
-    over_ridge: Interval | None  # 1 - MSE / MSE(ridge): share of ridge's error that is gone, with its interval
-    against_ridge: Interval | None  # MSE - MSE(ridge), paired by clip; below 0 is better
+    skill: float  # 1 - MSE / MSE(copy-last)
+    less_than_ridge: float  # 1 - MSE / MSE(ridge): share of ridge's error that is gone
+    over_copy_last: Interval | None  # the interval of `skill`; None for copy-last itself, and for one clip with one seed
+    over_ridge: Interval | None  # the interval of `less_than_ridge`; None for ridge itself, and for one clip with one seed
 
 
 def errors_of(
@@ -209,6 +211,14 @@ def errors_of(
         if sorted(record.metrics_by_clip[metric]) != names:
             raise InputError(f"{record.study}/{record.run}: judged on other clips than {records[0].run}")
     return np.array([[r.metrics_by_clip[metric][n] for n in names] for r in records]), names
+
+
+def skill_interval(
+    errors: np.ndarray,  # (seeds, clips)
+    reference: np.ndarray,  # (1, clips)
+) -> Interval | None:
+    "1 - mean(errors) / mean(reference) with its interval; None where a single number, or the reference itself, has none."
+    return None if errors.size < 2 or np.array_equal(errors, reference) else paired_bootstrap(errors, reference, statistic="skill")
 
 
 def comparison(
@@ -231,13 +241,12 @@ def comparison(
     copy_last, ridge = (errors_of(by_name[name])[0] for name in ("copy_last", "ridge"))
     rows = []
     for name, runs in by_name.items():
-        errors, baseline = errors_of(runs)[0], name in BASELINES
+        errors = errors_of(runs)[0]
         rows.append(Row(
             name=name, seeds=len(runs), standardised_mse=float(errors.mean()), cosine=float(errors_of(runs, "cosine")[0].mean()),
             parameters=runs[0].parameters, seconds=float(np.mean([r.timing["seconds"] for r in runs])),
-            over_copy_last=None if name == "copy_last" else paired_bootstrap(errors, copy_last, statistic="skill"),
-            over_ridge=None if name == "ridge" else paired_bootstrap(errors, ridge, statistic="skill"),
-            against_ridge=None if baseline else paired_bootstrap(errors, ridge)))
+            skill=float(1 - errors.mean() / copy_last.mean()), less_than_ridge=float(1 - errors.mean() / ridge.mean()),
+            over_copy_last=skill_interval(errors, copy_last), over_ridge=skill_interval(errors, ridge)))
     return sorted(rows, key=lambda r: (BASELINES.index(r.name) if r.name in BASELINES else len(BASELINES), r.standardised_mse))
 
 
@@ -245,16 +254,13 @@ def markdown_table(
     rows: list[Row],  # from `comparison`
 ) -> str:
     "The rows as a markdown table."
-    def shown(interval, percent=True):
-        if interval is None:
-            return ""
-        scale = 100 if percent else 1
-        form = "{:+.1f} % [{:+.1f}, {:+.1f}]" if percent else "{:+.4f} [{:+.4f}, {:+.4f}]"
-        return form.format(interval.estimate * scale, interval.low * scale, interval.high * scale)
+    def shown(value, interval):
+        return f"{value:+.1%}" + ("" if interval is None else f" [{interval.low:+.1%}, {interval.high:+.1%}]")
 
     lines = ["| predictor | seeds | standardised MSE | skill over copy-last | less error than ridge | cosine | parameters | seconds |",
              "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for r in rows:
         size = f"{r.parameters / 1e6:.2f}M" if r.parameters else "0"
-        lines.append(f"| {r.name} | {r.seeds} | {r.standardised_mse:.4f} | {shown(r.over_copy_last)} | {shown(r.over_ridge)} | {r.cosine:.3f} | {size} | {r.seconds:.1f} |")
+        lines.append(f"| {r.name} | {r.seeds} | {r.standardised_mse:.4f} | {shown(r.skill, r.over_copy_last)} | {shown(r.less_than_ridge, r.over_ridge)} "
+                     f"| {r.cosine:.3f} | {size} | {r.seconds:.1f} |")
     return "\n".join(lines)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nearest', 'nearest_frames']
 
-# %% ../../nbs/80_instruments/80_nearest_frames.ipynb #67c7fab2
+# %% ../../nbs/80_instruments/80_nearest_frames.ipynb #2a9cb698
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core import InputError, check_finite, check_shape
 
-# %% ../../nbs/80_instruments/80_nearest_frames.ipynb #5a40fcb2
+# %% ../../nbs/80_instruments/80_nearest_frames.ipynb #db04fbb6
 @dataclass(frozen=True, kw_only=True)
 class Nearest:
     "Which rows of a bank are nearest to some queries."

@@ -6,7 +6,7 @@
 __all__ = ['SIDES', 'KTH_GROUP', 'EmbeddedClip', 'embed_videos', 'embed_world', 'drawn_split', 'kth_ranges', 'kth_side',
            'kth_folder', 'JoinedWindows', 'EmbeddingSplits', 'make_splits']
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #b81eae92
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #a57c18e9
 import hashlib
 import re
 from collections.abc import Callable
@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..core import ConfigError, InputError, VideoError, check_choice, check_range, derive_seed
+from ..core import ConfigError, InputError, check_choice, check_range, derive_seed
 from ..data.clips import VideoFolder
 from ..data.embedding_cache import EmbeddingCache
 from ..data.embedding_windows import EmbeddingWindows, Standardiser
+from ..encoders.extraction import embed_folder
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #751204f8
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #4337c31d
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedClip:
     "A clip after the frozen encoder: one row a frame."
@@ -37,7 +38,7 @@ class EmbeddedClip:
         "The rows inside the ranges, (n,D)."
         return self.rows if self.ranges is None else np.concatenate([self.rows[a:b] for a, b in self.ranges])
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #b03d2d05
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #ed5734b9
 def embed_videos(
     folder: VideoFolder,  # the videos, already probed, with their groups and ranges
     embedder,  # a FrameEmbedder
@@ -50,19 +51,18 @@ def embed_videos(
 
     Raises: InputError if no clip at all could be embedded.
     """
-    from tqdm.auto import tqdm
-
-    clips = []
-    for entry in tqdm(folder.clips, desc="embedding clips", unit="clip", disable=not progress):
-        try:
-            rows = cache.get_or_embed(entry.path, embedder, batch_frames=batch_frames)
-        except VideoError as error:
-            folder.quarantine(entry.path, error.reason)
+    entries = list(folder.clips)
+    report = embed_folder(folder, embedder, cache, batch_frames=batch_frames, progress=progress)
+    rows_of, reasons, clips = report.rows(cache), dict(report.bad), []
+    for entry in entries:
+        if entry.name not in rows_of:
+            folder.quarantine(entry.path, reasons[entry.name])
             continue
+        rows = rows_of[entry.name]
         ranges = None if entry.ranges is None else tuple((a, min(b, len(rows))) for a, b in entry.ranges if a < len(rows))
         clips.append(EmbeddedClip(name=entry.name, group=str(entry.group), rows=rows, ranges=ranges, source=str(entry.path)))
     if not clips:
-        raise InputError(f"folder: none of {len(folder.clips)} clips could be embedded; first reason: {folder.bad[0][1] if folder.bad else 'no clips'}")
+        raise InputError(f"folder: none of {len(entries)} clips could be embedded; first reason: {folder.bad[0][1] if folder.bad else 'no clips'}")
     return clips
 
 
@@ -89,7 +89,7 @@ def embed_world(
         clips.append(EmbeddedClip(name=f"{name}/{i:03d}", group=f"{name}/{i:03d}", rows=rows, source=name))
     return clips
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #dac11bdd
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #a328cffd
 SIDES = ("train", "val", "test")
 
 
@@ -120,7 +120,7 @@ def drawn_split(
     sides = np.repeat(SIDES, sizes)
     return {names[i]: str(side) for i, side in zip(order, sides)}
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #c64be88e
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #4442f94a
 def kth_ranges(
     path,  # the dataset's own list, kth_sequences.txt
 ) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -168,7 +168,7 @@ def kth_folder(
 
     return VideoFolder(root, context_frames=context_frames, gap=gap, group=KTH_GROUP, ranges=of_clip, progress=progress, only=KTH_GROUP)
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #d586c671
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #ab3b7fae
 class JoinedWindows(Dataset):
     "Several sets of windows as one: the same clips read at different gaps."
 
@@ -218,7 +218,7 @@ class JoinedWindows(Dataset):
         "The rows of all clips, once, (rows,D)."
         return self.parts[0].matrix
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #46f9b2fe
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #296e6123
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSplits:
     "Train, validation and test windows of the same encoder, standardised with training rows."

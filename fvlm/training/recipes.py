@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'RECIPES', 'EncoderChoice', 'ModelSize', 'SCVFPRecipe', 'sc_vfp', 'sc_vfp_kth', 'sc_vfp_paper', 'load_recipe',
            'model_config', 'demo_worlds', 'open_folder', 'open_splits']
 
-# %% ../../nbs/60_training/66_recipes.ipynb #f58ae5eb
+# %% ../../nbs/60_training/66_recipes.ipynb #c346b707
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from fvlm.training.embedding_splits import (
 )
 from .loop import TrainConfig
 
-# %% ../../nbs/60_training/66_recipes.ipynb #ae285e74
+# %% ../../nbs/60_training/66_recipes.ipynb #5934b8e1
 ARMS = {
     "mhsa_chunked": ("block-diagonal projections: a head sees only its chunk", dict(attention="mhsa_chunked")),
     "mhsa": ("ordinary attention: each head projects the whole embedding to width/heads", dict(attention="mhsa")),
@@ -40,7 +40,7 @@ ARMS = {
     "hybrid": ("a learned gate per block between mhsa and scmhsa", dict(attention="hybrid")),
 }
 
-# %% ../../nbs/60_training/66_recipes.ipynb #a8efd5ca
+# %% ../../nbs/60_training/66_recipes.ipynb #5e04fdb2
 @dataclass(frozen=True, kw_only=True)
 class EncoderChoice:
     "Which frozen encoder turns a frame into a vector."
@@ -101,7 +101,7 @@ class SCVFPRecipe:
         check_range("step", self.step, low=1, integer=True)
         check_range("gap_jitter", self.gap_jitter, low=0, integer=True)
 
-# %% ../../nbs/60_training/66_recipes.ipynb #16f5999d
+# %% ../../nbs/60_training/66_recipes.ipynb #2d4721a1
 def sc_vfp() -> SCVFPRecipe:
     """SC-VFP for two cores, on any videos.
 
@@ -139,7 +139,7 @@ def load_recipe(
     "The recipe of that name. Raises: ConfigError with the nearest name."
     return RECIPES[check_choice("recipe", name, RECIPES)]()
 
-# %% ../../nbs/60_training/66_recipes.ipynb #fbffb6da
+# %% ../../nbs/60_training/66_recipes.ipynb #c5672514
 def model_config(
     recipe: SCVFPRecipe,  # arm and size
     embed_dim: int,  # D of the encoder
@@ -158,7 +158,7 @@ def model_config(
         common["ffn_dim"] = size.ffn_dim + round(extra / (2 * width + 1))
     return SCVFPConfig(**common, **fields)
 
-# %% ../../nbs/60_training/66_recipes.ipynb #686b37a5
+# %% ../../nbs/60_training/66_recipes.ipynb #793f2feb
 def demo_worlds(
     num_clips: int = 12,  # clips of each world
     num_frames: int = 48,  # frames a clip

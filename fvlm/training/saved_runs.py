@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['from_plain', 'SavedRun', 'save_run', 'open_run']
 
-# %% ../../nbs/60_training/67_saved_runs.ipynb #e84bf685
+# %% ../../nbs/60_training/67_saved_runs.ipynb #0d2262ff
 import types
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -18,7 +18,7 @@ from ..models.sc_vfp import SCVFP
 from .embedding_splits import SIDES, EmbeddingSplits
 from .recipes import SCVFPRecipe
 
-# %% ../../nbs/60_training/67_saved_runs.ipynb #fea3dc34
+# %% ../../nbs/60_training/67_saved_runs.ipynb #7a1f44b1
 def from_plain(
     kind: type,  # a dataclass
     value,  # what JSON gave: a dict
@@ -46,7 +46,7 @@ def from_plain(
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error
 
-# %% ../../nbs/60_training/67_saved_runs.ipynb #5ecbde10
+# %% ../../nbs/60_training/67_saved_runs.ipynb #7ac68967
 @dataclass(frozen=True, kw_only=True)
 class SavedRun:
     "A trained SC-VFP and everything it takes to use it."
