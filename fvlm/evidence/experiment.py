@@ -7,7 +7,7 @@ __all__ = ['CONVENTIONS', 'BASELINES', 'standardised_mse', 'cosine', 'judge', 'o
            'train_arm', 'described', 'write_cell', 'run_grid', 'Row', 'errors_of', 'skill_interval', 'comparison',
            'markdown_table']
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #04f9d114
+# %% ../../nbs/70_evidence/71_experiment.ipynb #f5b9c706
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from ..training.loop import TrainResult, train
 from ..training.recipes import SCVFPRecipe, model_config
 from ..training.records import RunRecord, mean_by_clip, plain_data, read_records, write_record
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #37df2292
+# %% ../../nbs/70_evidence/71_experiment.ipynb #857a220b
 CONVENTIONS = {
     "standardised_mse": "squared error averaged over dimensions, embeddings standardised per dimension with training statistics; "
                         "mean over a clip's windows, then over clips",
@@ -67,7 +67,7 @@ def over_clips(
     "The mean over clips."
     return float(np.mean(list(by_clip.values())))
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #4d7f9265
+# %% ../../nbs/70_evidence/71_experiment.ipynb #e6194ced
 BASELINES = ("mean", "copy_last", "linear", "ridge")
 
 
@@ -82,7 +82,7 @@ def fitted_baseline(
         return RidgeRegression.select((splits.train.context, splits.train.targets), (splits.val.context, splits.val.targets))
     return {"copy_last": CopyLast, "linear": LinearExtrapolation}[name]()
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #eb32e8d2
+# %% ../../nbs/70_evidence/71_experiment.ipynb #9fb4e89b
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     "A trained arm and what came of it."
@@ -131,7 +131,7 @@ def write_cell(
         data_fingerprint=splits.fingerprint, metrics={name: over_clips(values) for name, values in by_clip.items()},
         metrics_by_clip=by_clip, conventions=CONVENTIONS, seconds=seconds)
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #26532829
+# %% ../../nbs/70_evidence/71_experiment.ipynb #ef8ac0fc
 def run_grid(
     study: str,  # the study's name, a folder under `root`
     settings: dict[str, SCVFPRecipe],  # name -> recipe: data and encoder differ, arm and seed are filled in
@@ -181,7 +181,7 @@ def run_grid(
                 print(f"{run:55s} standardised MSE {over_clips(by_clip['standardised_mse']):.4f}   {seconds:6.1f} s", flush=True)
     return ran
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #8d831cd7
+# %% ../../nbs/70_evidence/71_experiment.ipynb #107a0ab7
 @dataclass(frozen=True, kw_only=True)
 class Row:
     "One predictor of one setting, over its seeds."
