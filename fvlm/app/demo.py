@@ -6,7 +6,7 @@
 __all__ = ['DEMO_ARMS', 'frames_of', 'Looked', 'look', 'attention_and_heads', 'DemoRun', 'run_demo', 'demo_report',
            'over_windows', 'first_real', 'DemoCommand', 'plain_table']
 
-# %% ../../nbs/90_app/91_demo.ipynb #e261c081
+# %% ../../nbs/90_app/91_demo.ipynb #c4e07146
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..training.embedding_splits import EmbeddedClip, EmbeddingSplits
 from ..training.recipes import ARMS, SCVFPRecipe, demo_worlds, load_recipe, open_splits
 from ..training.records import read_records
 
-# %% ../../nbs/90_app/91_demo.ipynb #4ab8c950
+# %% ../../nbs/90_app/91_demo.ipynb #14d14846
 def frames_of(
     clip: EmbeddedClip,  # from a file or from a world of the demo
     indices,  # which frames
@@ -89,7 +89,7 @@ def look(
         copied=list(frames_of(clip, last[picked].tolist())), errors={"prediction": mse(prediction), "copy-last": mse(batch["embeddings"][:, -1])},
         hits=float((same & ((frame - target).abs() < windows.gap)).float().mean()), copies=float((same & (frame <= last)).float().mean()))
 
-# %% ../../nbs/90_app/91_demo.ipynb #0a5e5da7
+# %% ../../nbs/90_app/91_demo.ipynb #5ace4393
 @torch.inference_mode()
 def attention_and_heads(
     model: SCVFP,  # trained
@@ -102,7 +102,7 @@ def attention_and_heads(
     attention = torch.cat([a.float().mean(0)[:, -1] for a in outputs["attention"]])
     return attention, head_cosine(outputs["heads"][-1].float())
 
-# %% ../../nbs/90_app/91_demo.ipynb #aa250d88
+# %% ../../nbs/90_app/91_demo.ipynb #bf04c818
 DEMO_ARMS = ("mhsa", "scmhsa", "scmhsa_similarity")
 
 
@@ -113,6 +113,7 @@ class DemoRun:
     rows: list[Row]  # the table, baselines first
     trained: dict[str, Trained]  # arm -> its run with the first seed
     splits: EmbeddingSplits  # the data
+    baselines: dict  # name -> the fitted predictor
     bad: list  # (file, reason) of the files that were set aside
     encoder: FrameEmbedder  # what embedded the frames
     seconds: float  # wall time
@@ -136,9 +137,10 @@ def run_demo(
     splits, folder = open_splits(recipe, embedder, cache=cache, download=download, progress=progress)
     for old in (root / "demo").glob("*.json"):  # a demo is one run, not a grid to go on from
         old.unlink()
+    baselines = {}
     for name in BASELINES:
         since = time.perf_counter()
-        predictor = fitted_baseline(name, splits)
+        predictor = baselines[name] = fitted_baseline(name, splits)
         write_cell(root, "demo", f"demo--{name}", recipe, splits, judge(predictor, splits.test),
                    parameters=predictor.num_parameters, seconds=time.perf_counter() - since)
     trained = {}
@@ -153,9 +155,9 @@ def run_demo(
                    parameters=found.model.num_parameters, seconds=time.perf_counter() - since)
         bar.set_postfix_str(f"{arm} {over_clips(found.by_clip['standardised_mse']):.3f}")
     rows = comparison(read_records(root, "demo"), "demo")
-    return DemoRun(rows=rows, trained=trained, splits=splits, bad=list(folder.bad) if folder else [], encoder=embedder, seconds=time.perf_counter() - started)
+    return DemoRun(rows=rows, trained=trained, splits=splits, baselines=baselines, bad=list(folder.bad) if folder else [], encoder=embedder, seconds=time.perf_counter() - started)
 
-# %% ../../nbs/90_app/91_demo.ipynb #16ea3f1e
+# %% ../../nbs/90_app/91_demo.ipynb #0233b991
 def demo_report(
     run: DemoRun,  # what was found
     recipe: SCVFPRecipe,  # how
@@ -181,7 +183,7 @@ def demo_report(
     curves = {arm: t.result.curve("val", "mse") for arm, t in run.trained.items()}
     steps = next(iter(curves.values()))[0]
     for name in ("copy_last", "ridge"):
-        value = over_windows(name, run.splits)
+        value = over_windows(run.baselines[name], run.splits.val)
         curves[name] = (steps, [value] * len(steps))
     report.curves(curves, title="Error on the validation clips", x_label="optimiser step", y_label="standardised MSE, mean over windows",
                   caption="The weights kept are those of the lowest point. Ridge chose its penalty on the same clips.")
@@ -198,7 +200,7 @@ def demo_report(
         attention, cosines = attention_and_heads(run.trained[arm].model, run.splits.test)
         rows = [f"block {i // recipe.size.num_heads + 1} head {i % recipe.size.num_heads + 1}" for i in range(len(attention))]
         columns = [f"t-{(recipe.context_frames - 1 - t) * recipe.gap}" if t < recipe.context_frames - 1 else "last" for t in range(recipe.context_frames)]
-        report.figure(matrix(attention, title=f"{arm}: attention of the last frame over time", row_labels=rows, column_labels=columns, value_range=(0, 1), height=3.6),
+        report.figure(matrix(attention, title=f"{arm}: attention of the last frame over time", row_labels=rows, column_labels=columns, value_range=(0, 1), height=max(2.4, 0.28 * len(rows) + 1.0)),
                       alt=f"Attention weights of {arm}, heads by frames", caption="Each row sums to 1, averaged over held-out windows; 1/5 everywhere is a head that does not choose.")
         report.figure(matrix(cosines, title=f"{arm}: similarity of head outputs", value_range=(-1, 1), height=3.0),
                       alt=f"Cosine similarity between the heads of {arm}", caption="Cosine between head outputs in the last block. The similarity loss asks for zero off the diagonal.")
@@ -218,11 +220,10 @@ def demo_report(
 
 
 def over_windows(
-    name: str,  # a baseline
-    splits: EmbeddingSplits,  # its validation windows
+    predictor,  # a fitted baseline
+    windows,  # EmbeddingWindows
 ) -> float:
-    "Its validation error, mean over windows: the convention of the training curves."
-    predictor, windows = fitted_baseline(name, splits), splits.val
+    "Its error, mean over windows: the convention of the training curves."
     return float((predictor({"embeddings": windows.context})["prediction"] - windows.targets).square().mean())
 
 
@@ -234,7 +235,7 @@ def first_real(
     real = [i for i, clip in enumerate(splits.clips["test"]) if clip.source not in demo_worlds() and i in able]
     return real[0] if real else min(able)
 
-# %% ../../nbs/90_app/91_demo.ipynb #06f6f348
+# %% ../../nbs/90_app/91_demo.ipynb #bd85e1df
 @dataclass(frozen=True, kw_only=True)
 class DemoCommand:
     "Decode, embed, train, judge, and write a page. Under four minutes on two cores; no account and no model hub."
