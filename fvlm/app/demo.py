@@ -6,7 +6,7 @@
 __all__ = ['DEMO_ARMS', 'frames_of', 'Looked', 'look', 'attention_and_heads', 'DemoRun', 'run_demo', 'demo_report',
            'over_windows', 'first_real', 'DemoCommand', 'plain_table']
 
-# %% ../../nbs/90_app/91_demo.ipynb #c4e07146
+# %% ../../nbs/90_app/91_demo.ipynb #d40308cc
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..training.embedding_splits import EmbeddedClip, EmbeddingSplits
 from ..training.recipes import ARMS, SCVFPRecipe, demo_worlds, load_recipe, open_splits
 from ..training.records import read_records
 
-# %% ../../nbs/90_app/91_demo.ipynb #14d14846
+# %% ../../nbs/90_app/91_demo.ipynb #c1da02ee
 def frames_of(
     clip: EmbeddedClip,  # from a file or from a world of the demo
     indices,  # which frames
@@ -89,7 +89,7 @@ def look(
         copied=list(frames_of(clip, last[picked].tolist())), errors={"prediction": mse(prediction), "copy-last": mse(batch["embeddings"][:, -1])},
         hits=float((same & ((frame - target).abs() < windows.gap)).float().mean()), copies=float((same & (frame <= last)).float().mean()))
 
-# %% ../../nbs/90_app/91_demo.ipynb #5ace4393
+# %% ../../nbs/90_app/91_demo.ipynb #56ce4310
 @torch.inference_mode()
 def attention_and_heads(
     model: SCVFP,  # trained
@@ -102,7 +102,7 @@ def attention_and_heads(
     attention = torch.cat([a.float().mean(0)[:, -1] for a in outputs["attention"]])
     return attention, head_cosine(outputs["heads"][-1].float())
 
-# %% ../../nbs/90_app/91_demo.ipynb #bf04c818
+# %% ../../nbs/90_app/91_demo.ipynb #60b3301b
 DEMO_ARMS = ("mhsa", "scmhsa", "scmhsa_similarity")
 
 
@@ -157,7 +157,7 @@ def run_demo(
     rows = comparison(read_records(root, "demo"), "demo")
     return DemoRun(rows=rows, trained=trained, splits=splits, baselines=baselines, bad=list(folder.bad) if folder else [], encoder=embedder, seconds=time.perf_counter() - started)
 
-# %% ../../nbs/90_app/91_demo.ipynb #0233b991
+# %% ../../nbs/90_app/91_demo.ipynb #833b5145
 def demo_report(
     run: DemoRun,  # what was found
     recipe: SCVFPRecipe,  # how
@@ -175,10 +175,10 @@ def demo_report(
     report.heading("Everybody on the same clips")
     report.table([asdict(r) | {"over_copy_last": r.over_copy_last or r.skill, "over_ridge": r.over_ridge or r.less_than_ridge} for r in run.rows], [
         Column(key="name", label="predictor"), Column(key="standardised_mse", label="standardised MSE", hint="lower is better", format=".4f", best="min", bar=True),
-        Column(key="over_copy_last", label="skill over copy-last", hint="1 - MSE / MSE(copy-last)", format=".1%", best="max"),
-        Column(key="over_ridge", label="less error than ridge", format=".1%", best="max"), Column(key="cosine", hint="higher is better", best="max"),
+        Column(key="over_copy_last", label="skill", hint="over copy-last", format=".1%", best="max"),
+        Column(key="over_ridge", label="less error", hint="than ridge", format=".1%", best="max"), Column(key="cosine", hint="higher is better", best="max"),
         Column(key="parameters", format=",.0f"), Column(key="seconds", hint="a run", format=".1f")],
-        caption="Mean over held-out clips and seeds; intervals from resampling both, paired. Standardised: every embedding dimension in units of its standard deviation on the training clips.")
+        caption="Mean over held-out clips and seeds; intervals from resampling both, paired. Skill is 1 - MSE / MSE(copy-last). Standardised: every embedding dimension in units of its standard deviation on the training clips.")
     report.heading("Learning")
     curves = {arm: t.result.curve("val", "mse") for arm, t in run.trained.items()}
     steps = next(iter(curves.values()))[0]
@@ -198,10 +198,11 @@ def demo_report(
     report.heading("Where it looks")
     for arm in run.trained:
         attention, cosines = attention_and_heads(run.trained[arm].model, run.splits.test)
-        rows = [f"block {i // recipe.size.num_heads + 1} head {i % recipe.size.num_heads + 1}" for i in range(len(attention))]
-        columns = [f"t-{(recipe.context_frames - 1 - t) * recipe.gap}" if t < recipe.context_frames - 1 else "last" for t in range(recipe.context_frames)]
-        report.figure(matrix(attention, title=f"{arm}: attention of the last frame over time", row_labels=rows, column_labels=columns, value_range=(0, 1), height=max(2.4, 0.28 * len(rows) + 1.0)),
-                      alt=f"Attention weights of {arm}, heads by frames", caption="Each row sums to 1, averaged over held-out windows; 1/5 everywhere is a head that does not choose.")
+        heads = [f"{i // recipe.size.num_heads + 1}.{i % recipe.size.num_heads + 1}" for i in range(len(attention))]
+        frames = [f"{(recipe.context_frames - 1 - t) * recipe.gap} before" if t < recipe.context_frames - 1 else "last" for t in range(recipe.context_frames)]
+        report.figure(matrix(attention.T, title=f"{arm}: attention of the last frame over time", row_labels=frames, column_labels=heads, value_range=(0, 1), height=2.6),
+                      alt=f"Attention weights of {arm}, frames by heads",
+                      caption=f"A column is a head (block.head) and sums to 1, averaged over held-out windows; {1 / recipe.context_frames:.2f} everywhere is a head that does not choose.")
         report.figure(matrix(cosines, title=f"{arm}: similarity of head outputs", value_range=(-1, 1), height=3.0),
                       alt=f"Cosine similarity between the heads of {arm}", caption="Cosine between head outputs in the last block. The similarity loss asks for zero off the diagonal.")
     real = sum(c.source not in demo_worlds() for c in run.splits.clips["test"])
@@ -235,7 +236,7 @@ def first_real(
     real = [i for i, clip in enumerate(splits.clips["test"]) if clip.source not in demo_worlds() and i in able]
     return real[0] if real else min(able)
 
-# %% ../../nbs/90_app/91_demo.ipynb #bd85e1df
+# %% ../../nbs/90_app/91_demo.ipynb #ed706f5f
 @dataclass(frozen=True, kw_only=True)
 class DemoCommand:
     "Decode, embed, train, judge, and write a page. Under four minutes on two cores; no account and no model hub."
