@@ -6,7 +6,7 @@
 __all__ = ['DEMO_ARMS', 'frames_of', 'Looked', 'look', 'attention_and_heads', 'DemoRun', 'run_demo', 'demo_report',
            'over_windows', 'first_real', 'DemoCommand', 'plain_table']
 
-# %% ../../nbs/90_app/91_demo.ipynb #d40308cc
+# %% ../../nbs/90_app/91_demo.ipynb #85fb7e0d
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..training.embedding_splits import EmbeddedClip, EmbeddingSplits
 from ..training.recipes import ARMS, SCVFPRecipe, demo_worlds, load_recipe, open_splits
 from ..training.records import read_records
 
-# %% ../../nbs/90_app/91_demo.ipynb #c1da02ee
+# %% ../../nbs/90_app/91_demo.ipynb #dcbd8b3d
 def frames_of(
     clip: EmbeddedClip,  # from a file or from a world of the demo
     indices,  # which frames
@@ -89,7 +89,7 @@ def look(
         copied=list(frames_of(clip, last[picked].tolist())), errors={"prediction": mse(prediction), "copy-last": mse(batch["embeddings"][:, -1])},
         hits=float((same & ((frame - target).abs() < windows.gap)).float().mean()), copies=float((same & (frame <= last)).float().mean()))
 
-# %% ../../nbs/90_app/91_demo.ipynb #56ce4310
+# %% ../../nbs/90_app/91_demo.ipynb #962a56a9
 @torch.inference_mode()
 def attention_and_heads(
     model: SCVFP,  # trained
@@ -102,7 +102,7 @@ def attention_and_heads(
     attention = torch.cat([a.float().mean(0)[:, -1] for a in outputs["attention"]])
     return attention, head_cosine(outputs["heads"][-1].float())
 
-# %% ../../nbs/90_app/91_demo.ipynb #60b3301b
+# %% ../../nbs/90_app/91_demo.ipynb #5ccccb74
 DEMO_ARMS = ("mhsa", "scmhsa", "scmhsa_similarity")
 
 
@@ -157,7 +157,7 @@ def run_demo(
     rows = comparison(read_records(root, "demo"), "demo")
     return DemoRun(rows=rows, trained=trained, splits=splits, baselines=baselines, bad=list(folder.bad) if folder else [], encoder=embedder, seconds=time.perf_counter() - started)
 
-# %% ../../nbs/90_app/91_demo.ipynb #833b5145
+# %% ../../nbs/90_app/91_demo.ipynb #6aa8abef
 def demo_report(
     run: DemoRun,  # what was found
     recipe: SCVFPRecipe,  # how
@@ -236,7 +236,7 @@ def first_real(
     real = [i for i, clip in enumerate(splits.clips["test"]) if clip.source not in demo_worlds() and i in able]
     return real[0] if real else min(able)
 
-# %% ../../nbs/90_app/91_demo.ipynb #ed706f5f
+# %% ../../nbs/90_app/91_demo.ipynb #ca6ad210
 @dataclass(frozen=True, kw_only=True)
 class DemoCommand:
     "Decode, embed, train, judge, and write a page. Under four minutes on two cores; no account and no model hub."

@@ -6,7 +6,7 @@
 __all__ = ['STUDIES', 'weights_entry', 'tell_bad', 'TrainCommand', 'judged_table', 'EvaluateCommand', 'PredictCommand',
            'predict_page', 'Study', 'kth_settings', 'StudyCommand']
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #311cac95
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #e9b21fdc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, l
 from ..training.records import read_records
 from ..training.saved_runs import open_run, save_run
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9cead9f8
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #c78eda68
 def weights_entry(
     embedder: FrameEmbedder,  # any
 ) -> dict:
@@ -124,7 +124,7 @@ def judged_table(
     write_cell(root, "run", f"run--{recipe.arm}--seed{recipe.training.seed}", recipe, splits, by_clip, parameters=parameters, seconds=seconds, weights=weights)
     return comparison(read_records(root, "run"), "run")
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #d6575c92
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #fc833602
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
     "Judge a trained run again on its own held-out clips, beside the trivial predictors."
@@ -158,7 +158,7 @@ class EvaluateCommand:
             print(plain_table(rows))
         return 0
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9ecc0cf6
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #3f6f5219
 @dataclass(frozen=True, kw_only=True)
 class PredictCommand:
     "Show the future that a trained run expects in your clip, as nearest frames beside what really came."
@@ -234,7 +234,7 @@ def predict_page(
                  "The frames are found in the clip, never generated."])
     return report
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #6edea8d1
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #6f95fa16
 @dataclass(frozen=True, kw_only=True)
 class Study:
     "A grid by name."

@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'RECIPES', 'EncoderChoice', 'ModelSize', 'SCVFPRecipe', 'sc_vfp', 'sc_vfp_kth', 'sc_vfp_paper', 'load_recipe',
            'model_config', 'demo_worlds', 'open_folder', 'open_splits']
 
-# %% ../../nbs/60_training/66_recipes.ipynb #c346b707
+# %% ../../nbs/60_training/66_recipes.ipynb #4fe0bbc1
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from fvlm.training.embedding_splits import (
 )
 from .loop import TrainConfig
 
-# %% ../../nbs/60_training/66_recipes.ipynb #5934b8e1
+# %% ../../nbs/60_training/66_recipes.ipynb #79f7df83
 ARMS = {
     "mhsa_chunked": ("block-diagonal projections: a head sees only its chunk", dict(attention="mhsa_chunked")),
     "mhsa": ("ordinary attention: each head projects the whole embedding to width/heads", dict(attention="mhsa")),
@@ -40,7 +40,7 @@ ARMS = {
     "hybrid": ("a learned gate per block between mhsa and scmhsa", dict(attention="hybrid")),
 }
 
-# %% ../../nbs/60_training/66_recipes.ipynb #5e04fdb2
+# %% ../../nbs/60_training/66_recipes.ipynb #588ade73
 @dataclass(frozen=True, kw_only=True)
 class EncoderChoice:
     "Which frozen encoder turns a frame into a vector."
@@ -101,7 +101,7 @@ class SCVFPRecipe:
         check_range("step", self.step, low=1, integer=True)
         check_range("gap_jitter", self.gap_jitter, low=0, integer=True)
 
-# %% ../../nbs/60_training/66_recipes.ipynb #2d4721a1
+# %% ../../nbs/60_training/66_recipes.ipynb #fa02c4ab
 def sc_vfp() -> SCVFPRecipe:
     """SC-VFP for two cores, on any videos.
 
@@ -139,7 +139,7 @@ def load_recipe(
     "The recipe of that name. Raises: ConfigError with the nearest name."
     return RECIPES[check_choice("recipe", name, RECIPES)]()
 
-# %% ../../nbs/60_training/66_recipes.ipynb #c5672514
+# %% ../../nbs/60_training/66_recipes.ipynb #399d237e
 def model_config(
     recipe: SCVFPRecipe,  # arm and size
     embed_dim: int,  # D of the encoder
@@ -158,15 +158,12 @@ def model_config(
         common["ffn_dim"] = size.ffn_dim + round(extra / (2 * width + 1))
     return SCVFPConfig(**common, **fields)
 
-# %% ../../nbs/60_training/66_recipes.ipynb #793f2feb
-def demo_worlds(
-    num_clips: int = 12,  # clips of each world
-    num_frames: int = 48,  # frames a clip
-) -> dict:
-    "The generated worlds of the demo, by name: digits that bounce, and sprites with distractors."
+# %% ../../nbs/60_training/66_recipes.ipynb #2d7db01b
+def demo_worlds() -> dict:
+    "The generated worlds of the demo, by name: digits that bounce, and large fast sprites with a distractor."
     return {
-        "digits": MovingDigits(num_clips=num_clips, num_frames=num_frames, seed=0),
-        "sprites": BouncingSprites(num_clips=num_clips, num_frames=num_frames, seed=1),
+        "digits": MovingDigits(num_clips=9, num_frames=32, speed=(3.0, 5.0), seed=0),
+        "sprites": BouncingSprites(num_clips=27, num_frames=32, speed=(3.0, 5.0), sprite_size=(0.3, 0.42), distractors=1, seed=1),
     }
 
 
