@@ -21,8 +21,9 @@ $(READY): settings.ini setup.py pyproject.toml
 demo: $(READY)
 	$(BIN)/fvlm demo --out demo_out
 
+# JupyterLab refuses to start for root, as in a container, unless told.
 lab: $(READY)
-	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/run_all.py
