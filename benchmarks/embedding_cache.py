@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.timing import Table, compare
 from fvlm.data.embedding_cache import EmbeddingCache
-from fvlm.data.embedding_windows import EmbeddingWindows
+from fvlm.encoders.embedding_windows import EmbeddingWindows
 from fvlm.data.video import read_clip
 from fvlm.encoders.embeddings import FrameEmbedder, Preprocessing
 from fvlm.encoders.extraction import embed_clip

@@ -14,7 +14,7 @@ _NAMES = {
         "data.worlds": "MovingDigits BouncingSprites CuedTarget PhotoPan",
         "data.clips": "VideoFolder",
         "data.embedding_cache": "EmbeddingCache",
-        "data.embedding_windows": "EmbeddingWindows Standardiser",
+        "encoders.embedding_windows": "EmbeddingWindows Standardiser",
         "encoders.embeddings": "FrameEmbedder",
         "blocks.self_attention": "MHSA",
         "blocks.scmhsa": "SCMHSA FoldedSCMHSA",

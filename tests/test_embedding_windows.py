@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError
 from fvlm.data.embedding_cache import EmbeddingCache
-from fvlm.data.embedding_windows import EmbeddingWindows, Standardiser, windows_by_split
+from fvlm.encoders.embedding_windows import EmbeddingWindows, Standardiser, windows_by_split
 
 
 def clips_of(*lengths, dim=4, seed=0):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..core import ConfigError, InputError
-from ..data.embedding_windows import EmbeddingWindows
+from ..encoders.embedding_windows import EmbeddingWindows
 from .statistics import Interval, paired_bootstrap
 from ..models.baselines import CopyLast, LinearExtrapolation, MeanPredictor, RidgeRegression
 from ..models.sc_vfp import SCVFP

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from ..core import ConfigError, InputError, check_choice, check_range, derive_seed
 from ..data.clips import VideoFolder
 from ..data.embedding_cache import EmbeddingCache
-from ..data.embedding_windows import EmbeddingWindows, Standardiser
+from ..encoders.embedding_windows import EmbeddingWindows, Standardiser
 from ..encoders.extraction import embed_folder
 
 # %% ../../nbs/60_training/65_embedding_splits.ipynb #4337c31d

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 from ..core import ConfigError, InputError
-from ..data.embedding_windows import Standardiser
+from ..encoders.embedding_windows import Standardiser
 from ..files import read_json, write_json
 from ..models.sc_vfp import SCVFP
 from .embedding_splits import SIDES, EmbeddingSplits
