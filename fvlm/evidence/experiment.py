@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'BASELINES', 'standardised_mse', 'cosine', 'judge', 'over_clips', 'fitted_baseline', 'Trained',
-           'train_arm', 'described', 'write_cell', 'run_grid', 'Row', 'errors_of', 'skill_interval', 'comparison',
-           'markdown_table']
+           'train_arm', 'described', 'same_recipe', 'write_cell', 'run_grid', 'Row', 'errors_of', 'skill_interval',
+           'comparison', 'markdown_table']
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #f5b9c706
+# %% ../../nbs/70_evidence/71_experiment.ipynb #a3a99919
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from ..training.loop import TrainResult, train
 from ..training.recipes import SCVFPRecipe, model_config
 from ..training.records import RunRecord, mean_by_clip, plain_data, read_records, write_record
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #857a220b
+# %% ../../nbs/70_evidence/71_experiment.ipynb #2ca9aeef
 CONVENTIONS = {
     "standardised_mse": "squared error averaged over dimensions, embeddings standardised per dimension with training statistics; "
                         "mean over a clip's windows, then over clips",
@@ -67,7 +67,7 @@ def over_clips(
     "The mean over clips."
     return float(np.mean(list(by_clip.values())))
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #e6194ced
+# %% ../../nbs/70_evidence/71_experiment.ipynb #d771de2d
 BASELINES = ("mean", "copy_last", "linear", "ridge")
 
 
@@ -82,7 +82,7 @@ def fitted_baseline(
         return RidgeRegression.select((splits.train.context, splits.train.targets), (splits.val.context, splits.val.targets))
     return {"copy_last": CopyLast, "linear": LinearExtrapolation}[name]()
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #9fb4e89b
+# %% ../../nbs/70_evidence/71_experiment.ipynb #b4d6a627
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     "A trained arm and what came of it."
@@ -113,6 +113,20 @@ def described(
     return plain_data(replace(recipe, videos=Path(recipe.videos).name, encoder=encoder))
 
 
+def same_recipe(
+    recorded: dict,  # the config of a record
+    recipe: SCVFPRecipe,  # what would be run now
+) -> bool:
+    """Whether a record was made by this recipe.
+
+    A field that is younger than the record counts as its default: new options are added so that their default is the old behaviour.
+    """
+    def filled(old, default):
+        return {**default, **{k: filled(v, default[k]) if isinstance(v, dict) and isinstance(default.get(k), dict) else v for k, v in old.items()}}
+
+    return filled(recorded, described(SCVFPRecipe())) == described(recipe)
+
+
 def write_cell(
     root,  # the results folder
     study: str,  # its name
@@ -131,7 +145,7 @@ def write_cell(
         data_fingerprint=splits.fingerprint, metrics={name: over_clips(values) for name, values in by_clip.items()},
         metrics_by_clip=by_clip, conventions=CONVENTIONS, seconds=seconds)
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #ef8ac0fc
+# %% ../../nbs/70_evidence/71_experiment.ipynb #eff4d63b
 def run_grid(
     study: str,  # the study's name, a folder under `root`
     settings: dict[str, SCVFPRecipe],  # name -> recipe: data and encoder differ, arm and seed are filled in
@@ -159,7 +173,7 @@ def run_grid(
         for index, (run, name, seed) in enumerate(cells):
             recipe = base if seed is None else replace(base, arm=name, training=replace(base.training, seed=seed))
             if run in done:
-                if done[run].config != described(recipe):
+                if not same_recipe(done[run].config, recipe):
                     raise ConfigError(f"{study}/{run}: was run with another recipe; remove its record to run it again, or give the study another name")
             elif index % shards == which:
                 open_cells.append((run, name, seed, recipe))
@@ -181,7 +195,7 @@ def run_grid(
                 print(f"{run:55s} standardised MSE {over_clips(by_clip['standardised_mse']):.4f}   {seconds:6.1f} s", flush=True)
     return ran
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #107a0ab7
+# %% ../../nbs/70_evidence/71_experiment.ipynb #f63eb7e0
 @dataclass(frozen=True, kw_only=True)
 class Row:
     "One predictor of one setting, over its seeds."
