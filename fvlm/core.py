@@ -11,6 +11,7 @@ __all__ = ['SHAPES', 'shape_legend', 'InputError', 'ShapeError', 'NonFiniteError
 import hashlib
 import math
 import os
+from numbers import Real
 from pathlib import Path
 
 # %% ../nbs/00_ground/00_core.ipynb #301e324b
@@ -137,7 +138,7 @@ def check_choice(
 
 def check_range(
     name: str,  # the argument's name
-    value,  # a number
+    value,  # a number; numpy's scalars are numbers too
     low=None,  # smallest allowed value, None for no bound
     high=None,  # largest allowed value, None for no bound
     integer: bool = False,  # insist on a whole number
@@ -149,7 +150,7 @@ def check_range(
     kind = "a whole number" if integer else "a number"
     bounds = {(True, True): "", (False, True): f" >= {low}", (True, False): f" <= {high}", (False, False): f" in [{low}, {high}]"}
     expected = kind + bounds[(low is None, high is None)]
-    wrong_type = isinstance(value, bool) or not isinstance(value, (int, float)) or (integer and int(value) != value if isinstance(value, (int, float)) and math.isfinite(value) else integer)
+    wrong_type = isinstance(value, bool) or not isinstance(value, Real) or (integer and int(value) != value if isinstance(value, Real) and math.isfinite(value) else integer)
     if wrong_type or not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
         raise ConfigError(f"{name}: got {value!r}, expected {expected}")
     return value
