@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.timing import Table, compare
-from fvlm.models.sc_vfp import SCVFP, SCVFPConfig, dropout
+from fvlm.blocks.encoder_block import dropout
+from fvlm.models.sc_vfp import SCVFP, SCVFPConfig
 
 TOKENS = 2050  # 410 windows of 5 frames
 PRESETS = {

@@ -1,4 +1,4 @@
-"""Windows over embeddings: the exact rows, ranges, standardising by training clips alone, splits that cannot leak."""
+"""Windows over embeddings: the exact rows, ranges, standardising by training clips alone."""
 import json
 import pickle
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError
 from fvlm.data.embedding_cache import EmbeddingCache
-from fvlm.encoders.embedding_windows import EmbeddingWindows, Standardiser, windows_by_split
+from fvlm.encoders.embedding_windows import EmbeddingWindows, Standardiser
 
 
 def clips_of(*lengths, dim=4, seed=0):
@@ -139,31 +139,6 @@ def test_apply_and_invert_are_inverse_and_the_state_is_json():
 def test_a_state_that_is_none_is_refused(state):
     with pytest.raises(InputError, match="state"):
         Standardiser.from_state(state)
-
-
-# splits
-
-
-def test_statistics_come_from_train_alone_and_reach_every_split():
-    a, b, c = clips_of(40, 50, 60)
-    sets = windows_by_split({"train": {"a": a, "b": b}, "val": {"c": c}}, ranges={"c": [(0, 30)]})
-    reference = Standardiser.fit([a, b])
-    moved = windows_by_split({"train": {"a": a, "b": b}, "val": {"c": c * 100}})
-    for found in (sets, moved):
-        assert torch.equal(found["train"].standardiser.mean, reference.mean) and torch.equal(found["val"].standardiser.std, reference.std)
-    torch.testing.assert_close(sets["val"][0]["target"], reference.apply(c[20]))
-    assert len(sets["val"]) == 10 and sets["train"].clip_names == ["a", "b"]
-    assert windows_by_split({"train": {"a": a}}, standardise=False)["train"].standardiser is None
-
-
-@pytest.mark.parametrize("call, what", [
-    (lambda c: windows_by_split({"train": {"a": c}, "test": {"a": c}}), "'a' is in 'train' and in 'test'"),
-    (lambda c: windows_by_split({"test": {"a": c}}), "expected a 'train'"),
-    (lambda c: windows_by_split({"train": {"a": c}}, ranges={"b": []}), "'b' is no clip"),
-])
-def test_a_split_that_leaks_or_misleads_is_refused(call, what):
-    with pytest.raises(ConfigError, match=what):
-        call(clips_of(40)[0])
 
 
 # bad input

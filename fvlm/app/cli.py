@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'help_text', 'load_command', 'parse', 'main']
 
-# %% ../../nbs/90_app/92_cli.ipynb #f34af89b
+# %% ../../nbs/90_app/92_cli.ipynb #704ae986
 import sys
 from importlib import import_module
 
 from .. import __version__
 from ..core import InputError, check_choice
 
-# %% ../../nbs/90_app/92_cli.ipynb #81d911bf
+# %% ../../nbs/90_app/92_cli.ipynb #cf15f108
 COMMANDS = {
     "demo": ("fvlm.app.demo:DemoCommand", "real clips, a real ViT, SC-VFP against the trivial predictors, a report"),
     "embed": ("fvlm.app.commands:EmbedCommand", "embed every frame of a folder of videos, once, into a cache"),
@@ -21,10 +21,12 @@ COMMANDS = {
     "predict": ("fvlm.app.sc_vfp_commands:PredictCommand", "the future of a clip as a trained run sees it, beside what came"),
     "study": ("fvlm.app.sc_vfp_commands:StudyCommand", "run or go on with a grid of runs"),
     "weights": ("fvlm.app.commands:WeightsCommand", "list, find or get pretrained weights and sample clips"),
+    "runs": ("fvlm.app.runs_commands:RunsCommand", "find, show and compare runs by their records"),
+    "cards": ("fvlm.app.cards_commands:CardsCommand", "datasets by their cards: list, show, check a copy on disk"),
     "doctor": ("fvlm.app.doctor:DoctorCommand", "check this machine: decoder, weights, threads, bf16, disk"),
 }
 
-# %% ../../nbs/90_app/92_cli.ipynb #241fabaa
+# %% ../../nbs/90_app/92_cli.ipynb #ca76b893
 def help_text() -> str:
     "What `fvlm --help` prints: every command with its line."
     width = max(map(len, COMMANDS))
@@ -36,7 +38,7 @@ def help_text() -> str:
         "--debug, anywhere, shows where an error came from; --version shows the version.",
     ])
 
-# %% ../../nbs/90_app/92_cli.ipynb #998a4de4
+# %% ../../nbs/90_app/92_cli.ipynb #90e60675
 def load_command(
     name: str,  # one of COMMANDS
 ) -> type:
@@ -67,7 +69,7 @@ def parse(
             print("\n".join(["examples:", *(f"  {example}" for example in examples)]))
         raise
 
-# %% ../../nbs/90_app/92_cli.ipynb #92844813
+# %% ../../nbs/90_app/92_cli.ipynb #66c816d9
 def main(
     argv: list[str] | None = None,  # the words after `fvlm`; None reads them from the command line
 ) -> int:

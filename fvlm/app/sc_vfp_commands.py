@@ -6,7 +6,7 @@
 __all__ = ['STUDIES', 'weights_entry', 'tell_bad', 'TrainCommand', 'judged_table', 'EvaluateCommand', 'PredictCommand',
            'predict_page', 'Study', 'kth_settings', 'StudyCommand']
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #e9b21fdc
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #4dcdfcb0
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,11 +26,11 @@ from ..evidence.experiment import BASELINES, comparison, fitted_baseline, judge,
 from ..files import write_json
 from ..instruments.nearest_frames import nearest_frames
 from ..training.embedding_splits import EmbeddingSplits
-from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, load_recipe, open_splits, sc_vfp, sc_vfp_kth
+from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, load_recipe, open_splits, sc_vfp, sc_vfp_kth, sc_vfp_kth_mirrored
 from ..training.records import read_records
 from ..training.saved_runs import open_run, save_run
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #c78eda68
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #653d1e39
 def weights_entry(
     embedder: FrameEmbedder,  # any
 ) -> dict:
@@ -124,7 +124,7 @@ def judged_table(
     write_cell(root, "run", f"run--{recipe.arm}--seed{recipe.training.seed}", recipe, splits, by_clip, parameters=parameters, seconds=seconds, weights=weights)
     return comparison(read_records(root, "run"), "run")
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #fc833602
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #54082bf7
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
     "Judge a trained run again on its own held-out clips, beside the trivial predictors."
@@ -158,7 +158,7 @@ class EvaluateCommand:
             print(plain_table(rows))
         return 0
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #3f6f5219
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #e8941c76
 @dataclass(frozen=True, kw_only=True)
 class PredictCommand:
     "Show the future that a trained run expects in your clip, as nearest frames beside what really came."
@@ -234,7 +234,7 @@ def predict_page(
                  "The frames are found in the clip, never generated."])
     return report
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #6f95fa16
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #66c6e7bf
 @dataclass(frozen=True, kw_only=True)
 class Study:
     "A grid by name."
@@ -246,11 +246,11 @@ class Study:
 
 
 def kth_settings() -> dict[str, SCVFPRecipe]:
-    "KTH at two embeddings, with a person in the frames and with all frames."
+    "KTH at two embeddings, with a person in the frames and with all frames; and the first of them with mirrored clips and longer training."
     base = sc_vfp_kth()
     cls = EncoderChoice(layer=None, pooling="cls")
-    return {"layer9-mean-person": base, "cls-person": replace(base, encoder=cls),
-            "layer9-mean-all": replace(base, person_frames=False), "cls-all": replace(base, encoder=cls, person_frames=False)}
+    return {"layer9-mean-person": base, "layer9-mean-person-mirrored": sc_vfp_kth_mirrored(),
+            "cls-person": replace(base, encoder=cls), "layer9-mean-all": replace(base, person_frames=False)}
 
 
 STUDIES = {

@@ -7,7 +7,7 @@ __all__ = ['CONVENTIONS', 'BASELINES', 'standardised_mse', 'cosine', 'judge', 'o
            'train_arm', 'described', 'same_recipe', 'write_cell', 'run_grid', 'Row', 'errors_of', 'skill_interval',
            'comparison', 'markdown_table']
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #a3a99919
+# %% ../../nbs/70_evidence/71_experiment.ipynb #0484a2f8
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from ..models.baselines import CopyLast, LinearExtrapolation, MeanPredictor, Rid
 from ..models.sc_vfp import SCVFP
 from ..training.batches import evaluate
 from ..training.embedding_splits import EmbeddingSplits
-from ..training.loop import TrainResult, train
+from ..training.loop import TrainConfig, TrainResult, train
 from ..training.recipes import SCVFPRecipe, model_config
 from ..training.records import RunRecord, mean_by_clip, plain_data, read_records, write_record
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #2ca9aeef
+# %% ../../nbs/70_evidence/71_experiment.ipynb #e5b4a5ed
 CONVENTIONS = {
     "standardised_mse": "squared error averaged over dimensions, embeddings standardised per dimension with training statistics; "
                         "mean over a clip's windows, then over clips",
@@ -67,7 +67,7 @@ def over_clips(
     "The mean over clips."
     return float(np.mean(list(by_clip.values())))
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #d771de2d
+# %% ../../nbs/70_evidence/71_experiment.ipynb #10b1ab1f
 BASELINES = ("mean", "copy_last", "linear", "ridge")
 
 
@@ -82,7 +82,7 @@ def fitted_baseline(
         return RidgeRegression.select((splits.train.context, splits.train.targets), (splits.val.context, splits.val.targets))
     return {"copy_last": CopyLast, "linear": LinearExtrapolation}[name]()
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #b4d6a627
+# %% ../../nbs/70_evidence/71_experiment.ipynb #4bdb0fc3
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     "A trained arm and what came of it."
@@ -124,7 +124,8 @@ def same_recipe(
     def filled(old, default):
         return {**default, **{k: filled(v, default[k]) if isinstance(v, dict) and isinstance(default.get(k), dict) else v for k, v in old.items()}}
 
-    return filled(recorded, described(SCVFPRecipe())) == described(recipe)
+    defaults = described(SCVFPRecipe(training=TrainConfig(steps=1)))  # a length has no default, and every record has its own
+    return filled(recorded, defaults) == described(recipe)
 
 
 def write_cell(
@@ -145,7 +146,7 @@ def write_cell(
         data_fingerprint=splits.fingerprint, metrics={name: over_clips(values) for name, values in by_clip.items()},
         metrics_by_clip=by_clip, conventions=CONVENTIONS, seconds=seconds)
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #eff4d63b
+# %% ../../nbs/70_evidence/71_experiment.ipynb #8906ba1a
 def run_grid(
     study: str,  # the study's name, a folder under `root`
     settings: dict[str, SCVFPRecipe],  # name -> recipe: data and encoder differ, arm and seed are filled in
@@ -195,7 +196,7 @@ def run_grid(
                 print(f"{run:55s} standardised MSE {over_clips(by_clip['standardised_mse']):.4f}   {seconds:6.1f} s", flush=True)
     return ran
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #f63eb7e0
+# %% ../../nbs/70_evidence/71_experiment.ipynb #5064d1db
 @dataclass(frozen=True, kw_only=True)
 class Row:
     "One predictor of one setting, over its seeds."
