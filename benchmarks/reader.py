@@ -1,7 +1,8 @@
 """Bar iv, the reader: clips of 16 frames at random starts by `read_clip`, against bare decord on the same files and starts.
 
 The rival opens `decord.VideoReader(path)` and calls `get_batch(...).asnumpy()`: no check of timestamps, no look at repeats, no
-second reader. Files on which bare decord fails or gives other frames than PyAV are left out and counted: it has nothing to win there.
+second reader, no process that can be killed. Ours is the public path with its defaults, frames through shared memory included; a file is
+examined before its first clip and not again, as in a run of many epochs. Files on which bare decord fails or gives other frames than PyAV are left out and counted: it has nothing to win there.
 """
 import os
 from contextlib import contextmanager
@@ -66,13 +67,17 @@ def jobs(paths) -> tuple[list, int]:
 def cores(
     count: int,  # this process and the threads it starts may use so many
 ):
-    "Decoder threads are started by the libraries, so the number of cores is what can be fixed."
+    "Decoder threads are started by the libraries, so the number of cores is what can be fixed; the decode worker inherits them when it starts."
+    from fvlm.data.decode_worker import own_worker
+
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:count])
+    own_worker().close()
     try:
         yield
     finally:
         os.sched_setaffinity(0, before)
+        own_worker().close()
 
 
 def main() -> Table:

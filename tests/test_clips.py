@@ -178,10 +178,105 @@ def test_the_bar_is_shown_only_on_request(films, capfd):
 
 
 def test_probing_decodes_no_whole_clip(films, monkeypatch):
-    from fvlm.data import video
+    from fvlm.data import frame_readers, video
 
-    monkeypatch.setattr(video, "_decoded_count", lambda path: pytest.fail("decoded through"))
+    monkeypatch.setattr(frame_readers, "_decoded_count", lambda *rest: pytest.fail("decoded through"))
+    monkeypatch.setattr(clips, "probe", lambda path, **named: video.probe(path, isolated=False))
     VideoFolder(films, only="person4")
+
+
+def test_several_probes_at_once_find_the_same(films, folder, monkeypatch):
+    monkeypatch.setattr(clips, "PROBES_AT_ONCE", 2)
+    for k in range(8):
+        write(films / "more" / f"{k}.mp4", seed=k)
+    for k in range(2):
+        (films / "more" / f"bad {k}.mp4").write_bytes(bytes(2000))
+    many = VideoFolder(films, only="more|person")
+    monkeypatch.setattr(clips, "PROBES_AT_ONCE", 1)
+    one = VideoFolder(films, only="more|person")
+    assert many.clips == one.clips and many.bad == one.bad and many.windows.tolist() == one.windows.tolist() and len(many.bad) == 5
+    for path in (films / "more").iterdir():
+        path.unlink()
+
+
+def item(name, path, **facts):
+    return SimpleNamespace(**{"name": name, "path": path, "label": None, "group": None, "split": None, "caption": None, "ranges": None, **facts})
+
+
+@pytest.fixture
+def items(films):
+    "Two takes of four people, as a data set lists them."
+    return [item(f"p{p}/t{t}", films / f"person{p}" / f"take{t}.mp4", label=f"l{t}", group=f"p{p}", split="test" if p == 4 else "train", caption=None if t == 2 else f"person {p}")
+            for p in range(1, 5) for t in (1, 2)]
+
+
+def test_items_of_a_data_set(items, films):
+    items[2].ranges = [(0, 21)]
+    items += [item("broken", films / "person1" / "empty.mp4"), item("glimpse", films / "person1" / "short.mp4")]
+    folder = VideoFolder.from_items(items)
+    assert [c.name for c in folder.clips] == [i.name for i in items[:8]] and [c.group for c in folder.clips[:3]] == ["p1", "p1", "p2"]
+    assert folder.short == [("glimpse", 20)] and folder.bad[0][0].name == "empty.mp4" and len(folder) == 7 * 4 + 1 and folder.root == films
+    first, second = folder[0], folder[4]
+    assert first["label"] == "l1" and first["caption"] == "person 1" and second["label"] == "l2" and "caption" not in second
+    assert torch.equal(first["video"], read_clip(items[0].path, first["indices"]))
+    parts = folder.split()
+    assert {name: {c.group for c in part.clips} for name, part in parts.items()} == {"train": {"p1", "p2", "p3"}, "test": {"p4"}}
+    by_share = folder.split({"a": 0.5, "b": 0.5})
+    assert not {c.group for c in by_share["a"].clips} & {c.group for c in by_share["b"].clips}
+
+
+def test_a_split_of_their_own_is_held_to_the_promise(items):
+    items[0].split = "test"
+    with pytest.raises(ConfigError, match="split: puts the clips of one unit, .*p1/t1.*p1/t2.* into .*test.*train"):
+        VideoFolder.from_items(items).split()
+    assert {len(part.clips) for part in VideoFolder.from_items(items).split(by="clip").values()} == {5, 3}
+    items[0].split = items[1].split = None
+    parts = VideoFolder.from_items(items).split()
+    assert sum(len(part.clips) for part in parts.values()) == 6, "what the lists leave out is left out"
+
+
+def test_two_segments_of_one_file_stay_together(items):
+    segments = [item(f"s{k}", items[k // 2].path, ranges=[(0, 22)] if k % 2 else [(2, 24)]) for k in range(8)]
+    folder = VideoFolder.from_items(segments)
+    assert len(folder.clips) == 8 and {c.group for c in folder.clips} == {f"s{k}" for k in range(8)}
+    for part in folder.split({"a": 0.5, "b": 0.5}, by="clip").values():
+        assert len(part.clips) == 4 and len({c.path for c in part.clips}) == 2
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda items: items.clear(), "items: got none"), (lambda items: items.append(items[0]), "9 items with 8 names"),
+    (lambda items: items.append(item("world/3", None)), "'world/3' has no file"), (lambda items: items.append(item("seq", "a.npy", kind="npy_stack")), "'seq' has no file"),
+])
+def test_items_that_cannot_be(items, change, says):
+    change(items)
+    with pytest.raises(InputError, match=says):
+        VideoFolder.from_items(items)
+
+
+def test_pictures_and_arrays_are_clips_too(tmp_path):
+    from PIL import Image
+
+    frames = np.random.default_rng(0).integers(0, 255, (30, 16, 20, 3)).astype(np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for k, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "pictures" / f"{k:03d}.png")
+    np.save(tmp_path / "array.npy", frames)
+    folder = VideoFolder.from_items([item("p", tmp_path / "pictures"), item("a", tmp_path / "array.npy")], context_frames=2, gap=3)
+    assert [c.frames for c in folder.clips] == [30, 30]
+    for k in (0, 23, 24, -1):
+        assert torch.equal(folder[k]["video"], torch.from_numpy(frames[folder[k]["indices"]]))
+
+
+def test_a_repaired_file_leaves_the_list_of_bad_ones(tmp_path):
+    write(tmp_path / "films" / "a.mp4")
+    (tmp_path / "films" / "b.mp4").write_bytes(bytes(999))
+    log = tmp_path / "bad_files.jsonl"
+    log.write_text('{"path": "/elsewhere/c.mp4", "reason": "another run"}\n{"path": "/half a li')
+    VideoFolder(tmp_path / "films", bad_files=log)
+    assert [Path(json.loads(line)["path"]).name for line in log.read_text().splitlines()] == ["c.mp4", "b.mp4"]
+    write(tmp_path / "films" / "b.mp4")
+    VideoFolder(tmp_path / "films", bad_files=log)
+    assert [Path(json.loads(line)["path"]).name for line in log.read_text().splitlines()] == ["c.mp4"]
 
 
 def test_it_crosses_to_workers(folder):
@@ -195,7 +290,7 @@ def test_it_crosses_to_workers(folder):
 def fake(entries):
     "A VideoFolder over clips that need not exist, four windows each."
     folder = object.__new__(VideoFolder)
-    folder.root, folder.context_frames, folder.gap, folder.step, folder.size, folder.bad_files = Path("/videos"), 5, 4, 1, None, None
+    folder.root, folder.context_frames, folder.gap, folder.step, folder.size, folder.cache, folder.bad_files = Path("/videos"), 5, 4, 1, None, None, None
     folder.bad, folder.short = [], []
     folder.clips = [ClipEntry(path=Path("/videos") / name, name=name, frames=24, fps=25.0, group=group, ranges=None) for name, group in entries]
     folder.windows = np.array([(k, s) for k in range(len(entries)) for s in range(4)], np.int64)
@@ -288,9 +383,9 @@ def test_the_reader_that_probe_found_is_used(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(clips, "decode", lambda path, indices, **options: seen.append(options["backend"]) or SimpleNamespace(frames=None))
     part = folder.view([0])
-    part[0]
-    part.clips = [ClipEntry(**{**vars(part.clips[0]), "backend": "pyav"})]
-    part[0]
+    for backend in ("decord", "pyav"):
+        part.clips = [ClipEntry(**{**vars(part.clips[0]), "backend": backend})]
+        part[0]
     assert seen == ["auto", "pyav"]
 
 

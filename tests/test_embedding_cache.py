@@ -334,7 +334,7 @@ def test_a_key_is_content_not_name_or_time(tmp_path):
 
 @pytest.mark.parametrize("where", [0, -1, "half"])
 def test_a_large_file_is_sampled_from_first_byte_to_last(tmp_path, monkeypatch, where):
-    monkeypatch.setattr(embedding_cache, "BLOCK_BYTES", 1024)  # "large" begins at 16 KiB
+    monkeypatch.setattr("fvlm.checked_rows.BLOCK_BYTES", 1024)  # "large" begins at 16 KiB
     path = tmp_path / "large.mp4"
     content = bytearray(np.random.default_rng(0).bytes(100_000))
     path.write_bytes(content)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fvlm.core import ConfigError, InputError, NonFiniteError
-from fvlm.training.embedding_splits import SIDES, EmbeddedClip, drawn_split, kth_ranges, kth_side, make_splits
+from fvlm.training.embedding_splits import SIDES, EmbeddedClip, drawn_split, make_splits, published_split
 
 
 def walk(name, group=None, seed=0, frames=40, **more):
@@ -96,14 +96,22 @@ def test_bad_fractions(fractions):
         drawn_split("abcd", fractions=fractions)
 
 
-def test_kth_list_and_sides(tmp_path):
-    path = tmp_path / "kth_sequences.txt"
-    path.write_text("Training: person11\n\nperson01_walking_d1\t\tframes\t1-75, 152-225, 480-555\nperson13_handclapping_d3\t*missing*\n")
-    assert kth_ranges(path) == {"person01_walking_d1": ((0, 75), (151, 225), (479, 555))}
-    path.write_text("nothing here")
-    with pytest.raises(InputError, match="found none"):
-        kth_ranges(path)
-    assert [kth_side(f"person{p:02d}") for p in (1, 4, 16, 17, 25)] == ["train", "val", "val", "test", "test"]
-    for wrong in ("person26", "person00", "someone"):
-        with pytest.raises(InputError, match="person01 to person25"):
-            kth_side(wrong)
+def folder_of(*pairs):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(clips=[SimpleNamespace(name=f"{k}.avi", group=group, split=split) for k, (group, split) in enumerate(pairs)])
+
+
+def test_a_published_split_is_kept_and_validation_comes_from_training_groups():
+    given = published_split(folder_of(("a", "train"), ("b", "val"), ("c", "test"), ("a", "train")))
+    assert given == {"a": "train", "b": "val", "c": "test"}
+    train = [(f"g{k}", "train") for k in range(10)]
+    sides = published_split(folder_of(*train, ("t", "test")))
+    assert sides["t"] == "test" and sorted(sides.values()).count("val") == 2 and sorted(sides.values()).count("train") == 8
+    assert sides == published_split(folder_of(*train, ("t", "test"))) and sides != published_split(folder_of(*train, ("t", "test")), seed=1)
+
+
+@pytest.mark.parametrize("pairs, said", [([("a", "train"), ("a", "test")], "two sides"), ([("a", "train"), ("b", None)], "on no side")])
+def test_a_published_split_that_is_none(pairs, said):
+    with pytest.raises(InputError, match=said):
+        published_split(folder_of(*pairs))

@@ -12,10 +12,10 @@ from torch import nn
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, generator
 from fvlm.training.batches import EpochBatches, evaluate, evaluating, load_batches
-from fvlm.training.checkpoints import CheckpointError, load_checkpoint
-from fvlm.training.loop import TrainConfig, TrainingError, train
+from fvlm.training.checkpoints import CheckpointError, load_checkpoint, step_folders
+from fvlm.training.loop import train
 from fvlm.training.records import read_record
-from fvlm.training.steps import AveragedWeights, first_bad_tensor, learning_rate_factor, parameter_groups
+from fvlm.training.steps import AveragedWeights, TrainConfig, TrainingError, first_bad_tensor, learning_rate_factor, parameter_groups
 
 
 class Items:
@@ -147,7 +147,7 @@ def test_processes_share_every_batch_without_overlap():
 
 
 @pytest.mark.parametrize("at", [1, 3, 5, 6, 8])
-@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.8, "val_every": 2}])
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.8, "val_every": 2}, {"learning_rates": {"first": 0.1}, "precision": "bf16", "warmup_fraction": 0.5, "accumulate": 2, "clip_norm": 0.1}])
 def test_going_on_after_a_stop_is_bit_equal(tmp_path, at, changes):
     config = dataclasses.replace(CONFIG, **changes)
     model, whole = run(config, out=tmp_path / "whole")
@@ -158,7 +158,7 @@ def test_going_on_after_a_stop_is_bit_equal(tmp_path, at, changes):
     same_but_frozen = [n for n in model.state_dict() if not torch.equal(model.state_dict()[n], resumed.state_dict()[n])]
     assert not same_but_frozen
     assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (tmp_path / "cut" / "log.jsonl").read_bytes()
-    for name in ("best", "last"):
+    for name in ("best", "step-00000009"):
         assert (tmp_path / "whole" / name / "manifest.json").read_bytes() == (tmp_path / "cut" / name / "manifest.json").read_bytes()
 
 
@@ -247,9 +247,8 @@ def test_a_bad_input_stops_before_the_weights(tmp_path, value, fast):
     with pytest.raises(TrainingError, match=r"step \d+ \(epoch \d\).*input 'x' holds 1 NaN or Inf.*sample 21 of the data set"):
         run(model=model, data={"train": bad, "val": DATA["val"]}, out=tmp_path)
     assert all(torch.isfinite(t).all() for t in model.state_dict().values()), "neither weights nor running statistics"
-    for name in ("best", "last"):
-        if (tmp_path / name).exists():
-            load_checkpoint(tmp_path / name, Net())
+    for place in [*tmp_path.glob("best"), *step_folders(tmp_path)]:
+        load_checkpoint(place, Net())
 
 
 def test_a_bad_validation_input_is_named():
@@ -387,7 +386,7 @@ def test_an_interrupt_inside_a_step_is_passed_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(model=Twice(), out=tmp_path)
-    assert not (tmp_path / "last").exists()
+    assert not step_folders(tmp_path)
 
 
 def test_runs_in_a_thread_and_stops_on_request():
@@ -413,8 +412,8 @@ def test_callbacks_see_every_step_and_every_row():
 
 def test_without_validation(tmp_path):
     model, result = run(data={"train": DATA["train"]}, out=tmp_path)
-    assert result.best["split"] == "train" and result.best_checkpoint == tmp_path / "last"
-    assert not (tmp_path / "best").exists() and same_as(model, tmp_path / "last")
+    assert result.best["split"] == "train" and result.best_checkpoint == tmp_path / "step-00000009"
+    assert not (tmp_path / "best").exists() and same_as(model, result.last_checkpoint)
 
 
 def same_as(model, place):

@@ -6,10 +6,11 @@
 __all__ = ['TRACKERS', 'run_rows', 'text_table', 'comparison_text', 'log_rows', 'to_trackio', 'to_wandb', 'numbers_of',
            'RunsCommand']
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #285cd46c
+# %% ../../nbs/90_app/97_runs_commands.ipynb #090a9e00
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -20,7 +21,7 @@ from ..core import ConfigError, InputError
 from ..evidence.run_comparison import RunComparison, compare_runs, find_runs, study_names
 from ..training.records import RunRecord, read_records
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #f3560310
+# %% ../../nbs/90_app/97_runs_commands.ipynb #d3245fac
 def run_rows(
     records: list[RunRecord],  # any
 ) -> list[tuple[str, ...]]:
@@ -44,7 +45,7 @@ def text_table(
     number = [all(row[k].rstrip("M%").lstrip("+-").replace(".", "", 1).isdigit() for row in rows) for k in range(len(header))]
     return "\n".join("  ".join(f"{cell:>{w}}" if n else f"{cell:<{w}}" for cell, w, n in zip(row, widths, number)).rstrip() for row in (header, *rows))
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #b1babf6d
+# %% ../../nbs/90_app/97_runs_commands.ipynb #a6e19a8e
 def comparison_text(
     found: RunComparison,  # from `compare_runs`
     *,
@@ -63,7 +64,7 @@ def comparison_text(
     lines += [f"1 - A / B   {found.skill}"] if found.skill else []
     return "\n".join([*lines, f"sign-flip test over clips: p = {found.p_value:.4f}", "", found.verdict()])
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #a8623e8b
+# %% ../../nbs/90_app/97_runs_commands.ipynb #94acc4d8
 def log_rows(
     run_folder,  # the folder of a training, with its log.jsonl
 ) -> list[dict]:
@@ -85,9 +86,7 @@ def to_trackio(
     name: str,  # what the run is called there
 ) -> None:
     "Replayed into trackio's local store."
-    import trackio
-
-    run = trackio.init(project="fvlm", name=name)
+    run = import_module("trackio").init(project="fvlm", name=name)
     for row in rows:
         run.log(numbers_of(row), step=row.get("step"))
     run.finish()
@@ -98,9 +97,7 @@ def to_wandb(
     name: str,  # what the run is called there
 ) -> None:
     "Replayed into an offline wandb run below ./wandb; nothing leaves the machine."
-    import wandb
-
-    run = wandb.init(project="fvlm", name=name, mode="offline")
+    run = import_module("wandb").init(project="fvlm", name=name, mode="offline")
     for row in rows:
         run.log(numbers_of(row), step=row.get("step"))
     run.finish()
@@ -116,7 +113,7 @@ def numbers_of(
 
 TRACKERS: dict[str, Callable[[list[dict], str], None]] = {"trackio": to_trackio, "wandb": to_wandb}
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #c29d85a2
+# %% ../../nbs/90_app/97_runs_commands.ipynb #da57e0b4
 @dataclass(frozen=True, kw_only=True)
 class RunsCommand:
     "Find, show and compare runs by their records; hand a log to a tracker."

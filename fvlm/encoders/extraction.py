@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['embed_clip', 'ExtractionReport', 'embed_folder']
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #52a52373
-import json
+# %% ../../nbs/20_encoders/24_extraction.ipynb #1d88a342
+import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..core import InputError, VideoError
-from ..data.clips import find_videos
+from ..data.clips import find_videos, record_bad_files
 from ..data.embedding_cache import EmbeddingCache, clip_key
-from ..files import written_whole
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #c632b98e
+# %% ../../nbs/20_encoders/24_extraction.ipynb #03513aec
 def embed_clip(
     path,  # a video file
     embedder,  # a FrameEmbedder, or anything with .fingerprint, .embed_dim that turns (T,H,W,3) uint8 into (1,T,D)
@@ -34,7 +34,7 @@ def embed_clip(
     """
     return cache.get_or_embed(path, embedder, stride=stride, flip=flip, batch_frames=batch_frames)
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #fa8ad151
+# %% ../../nbs/20_encoders/24_extraction.ipynb #04a7aac3
 @dataclass(frozen=True, kw_only=True)
 class ExtractionReport:
     "What one run over a folder did."
@@ -48,6 +48,7 @@ class ExtractionReport:
     notes: tuple[str, ...]  # decoders that took over, damaged cache entries that were embedded again
     keys: dict[str, str]  # clip name -> key in the cache
     fingerprint: str  # of the encoder
+    skipped: tuple[tuple[str, str], ...] = ()  # (name, reason) of clips that a VideoFolder left out, and of kinds of files that are no videos
 
     def rows(
         self,
@@ -64,20 +65,39 @@ class ExtractionReport:
     def note(self) -> str:
         "One line: counts, frames a second, size."
         rate = f", {self.frames / self.seconds:.0f} frames/s" if self.frames and self.seconds > 0 else ""
-        return (f"{len(self.done)} clips embedded ({self.frames} frames{rate}), {len(self.cached)} already cached, {len(self.bad)} bad; {self.bytes / 1e6:.1f} MB of rows")
+        return (f"{len(self.done)} clips embedded ({self.frames} frames{rate}), {len(self.cached)} already cached, {len(self.bad)} bad, "
+                f"{len(self.skipped)} skipped; {self.bytes / 1e6:.1f} MB of rows")
 
     def __str__(self) -> str:
-        return "\n".join([self.note, *(f"  bad: {name}: {reason}" for name, reason in self.bad), *(f"  note: {note}" for note in self.notes)])
+        return "\n".join([self.note, *(f"  bad: {name}: {reason}" for name, reason in self.bad), *(f"  skipped: {name}: {reason}" for name, reason in self.skipped),
+                          *(f"  note: {note}" for note in self.notes)])
 
 
-def _clips_of(folder) -> tuple[dict[str, Path], list[tuple[str, str]]]:
-    "Video files by name, and those a VideoFolder has found bad already."
+def _clips_of(folder, own: Path) -> tuple[dict[str, Path], list[tuple[str, str]], list[tuple[str, str]]]:
+    "Videos by name, those a VideoFolder has found bad already, and what is left out for another reason; `own` is the cache's folder."
     if hasattr(folder, "clips"):
-        return {entry.name: Path(entry.path) for entry in folder.clips}, [(str(path), str(reason)) for path, reason in folder.bad]
+        window = folder.context_frames * folder.gap + 1
+        short = [(name, f"{frames} frame{'s' * (frames != 1)}, but no range of them holds a window of {window} in a row") for name, frames in folder.short]
+        return {entry.name: Path(entry.path) for entry in folder.clips}, [(_name_below(path, folder.root), str(reason)) for path, reason in folder.bad], short
     found = find_videos(folder)
     if not found:
         raise InputError(f"folder: no video files below {str(folder)!r}")
-    return found, []
+    return found, [], _other_files(folder, found, own)
+
+
+def _name_below(path, root) -> str:
+    "The path below the root with forward slashes, where it lies below it."
+    path = Path(path)
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _other_files(folder, videos: dict[str, Path], own: Path) -> list[tuple[str, str]]:
+    "Kinds of files that no suffix makes a video, each with how many there are: nobody should wonder where they went."
+    kinds = Counter()
+    for place, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".") and (Path(place) / f).resolve() != own.resolve()]
+        kinds.update(Path(n).suffix.lower() or "no suffix" for n in names if not n.startswith(".") and (Path(place) / n).relative_to(folder).as_posix() not in videos)
+    return [(f"{count} file{'s' * (count != 1)} ({kind})", "not a video by its name") for kind, count in sorted(kinds.items())]
 
 
 def embed_folder(
@@ -96,10 +116,10 @@ def embed_folder(
     """
     from tqdm.auto import tqdm
 
-    start, clips = time.perf_counter(), _clips_of(folder)
-    done, cached, bad, frames, size, keys = [], [], list(clips[1]), 0, 0, {}
+    start, (clips, bad, skipped) = time.perf_counter(), _clips_of(folder, cache.dir)
+    done, cached, frames, size, keys = [], [], 0, 0, {}
     notes, damaged = [], len(cache.notes)
-    with tqdm(clips[0].items(), desc="embed", unit="clip", disable=not progress) as bar:
+    with tqdm(clips.items(), desc="embed", unit="clip", disable=not progress) as bar:
         for name, path in bar:
             try:
                 key = clip_key(path, stride=stride, flip=flip)
@@ -116,22 +136,7 @@ def embed_folder(
             keys[name] = key
             frames, size = frames + (0 if known else len(rows)), size + rows.nbytes
             notes += [] if known else [f"{name}: {note}" for note in cache.about(key, embedder.fingerprint).get("notes", [])]
-    _write_bad_files(cache.dir / "bad_files.jsonl", {str(path) for path in clips[0].values()}, [(str(clips[0].get(name, name)), reason) for name, reason in bad])
+    root = folder.root if hasattr(folder, "clips") else folder
+    record_bad_files(cache.dir / "bad_files.jsonl", clips.values(), [(clips.get(name, Path(root) / name), reason) for name, reason in bad])
     return ExtractionReport(done=tuple(done), cached=tuple(cached), bad=tuple(bad), frames=frames, seconds=time.perf_counter() - start, bytes=size,
-                            notes=(*notes, *cache.notes[damaged:]), keys=keys, fingerprint=embedder.fingerprint)
-
-
-def _write_bad_files(path: Path, looked_at: set[str], bad: list[tuple[str, str]]) -> None:
-    "Bring the list of bad files up to date: files looked at in this run are in it exactly when they are bad now."
-    old = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                old.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # half a line of a run that was killed; what it said is found again
-    named = looked_at | {name for name, _ in bad}
-    lines = [entry for entry in old if isinstance(entry, dict) and entry.get("path") not in named] + [{"path": name, "reason": reason} for name, reason in bad]
-    if lines or path.exists():
-        with written_whole(path) as temporary:
-            temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+                            notes=(*notes, *cache.notes[damaged:]), keys=keys, fingerprint=embedder.fingerprint, skipped=tuple(skipped))

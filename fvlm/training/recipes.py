@@ -6,12 +6,13 @@
 __all__ = ['ARMS', 'RECIPES', 'EncoderChoice', 'ModelSize', 'SCVFPRecipe', 'sc_vfp', 'sc_vfp_kth', 'sc_vfp_kth_mirrored',
            'sc_vfp_paper', 'load_recipe', 'model_config', 'demo_worlds', 'open_folder', 'open_splits']
 
-# %% ../../nbs/60_training/66_recipes.ipynb #3214623e
+# %% ../../nbs/60_training/66_recipes.ipynb #f6b89d95
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core import ConfigError, InputError, cache_dir, check_choice, check_range, shared_data
 from ..data.clips import VideoFolder
+from ..data.dataset import open_dataset
 from ..data.embedding_cache import EmbeddingCache
 from ..data.wheel_store import sample_clips
 from ..data.worlds import BouncingSprites, MovingDigits
@@ -22,14 +23,13 @@ from fvlm.training.embedding_splits import (
     drawn_split,
     embed_videos,
     embed_world,
-    kth_folder,
-    kth_side,
     make_splits,
+    published_split,
     with_mirrored,
 )
 from .loop import TrainConfig
 
-# %% ../../nbs/60_training/66_recipes.ipynb #f14da8ce
+# %% ../../nbs/60_training/66_recipes.ipynb #f414831e
 ARMS = {
     "mhsa_chunked": ("block-diagonal projections: a head sees only its chunk", dict(attention="mhsa_chunked")),
     "mhsa": ("ordinary attention: each head projects the whole embedding to width/heads", dict(attention="mhsa")),
@@ -41,7 +41,7 @@ ARMS = {
     "hybrid": ("a learned gate per block between mhsa and scmhsa", dict(attention="hybrid")),
 }
 
-# %% ../../nbs/60_training/66_recipes.ipynb #a704fc4e
+# %% ../../nbs/60_training/66_recipes.ipynb #9fd7bf60
 @dataclass(frozen=True, kw_only=True)
 class EncoderChoice:
     "Which frozen encoder turns a frame into a vector."
@@ -83,13 +83,15 @@ class SCVFPRecipe:
     "A complete run of SC-VFP on the embeddings of videos."
 
     videos: str = "samples"  # "samples" (three real clips), "worlds" (generated), "samples+worlds", "kth", or a folder of yours
+    card: str | None = None  # the folder is a copy of this data set (`fvlm cards list`): clips, groups and split as its card says
+    protocol: str | None = None  # which of the card's splits; None: its default
     arm: str = "scmhsa"  # one of ARMS
     context_frames: int = 5  # M
     gap: int = 4  # frames between neighbours of a window
     step: int = 1  # frames between starts of neighbouring windows
     gap_jitter: int = 1  # training windows also at gaps within this of `gap`: the same motion at other speeds; 0 for none
     mirror: bool = False  # training clips are also read mirrored left to right; video files only, each embedded twice
-    person_frames: bool = True  # KTH only: windows only where the dataset's list says that somebody is there
+    person_frames: bool = True  # with a card: windows only where its lists say that something happens; on KTH, that somebody is there
     group: str | None = None  # folders only: a regular expression with one group; clips with equal match stay on one side
     encoder: EncoderChoice = field(default_factory=EncoderChoice)  # the frozen encoder
     size: ModelSize = field(default_factory=ModelSize)  # what all arms share
@@ -103,7 +105,7 @@ class SCVFPRecipe:
         check_range("step", self.step, low=1, integer=True)
         check_range("gap_jitter", self.gap_jitter, low=0, integer=True)
 
-# %% ../../nbs/60_training/66_recipes.ipynb #9a836b6f
+# %% ../../nbs/60_training/66_recipes.ipynb #3b70d1b4
 def sc_vfp() -> SCVFPRecipe:
     """SC-VFP for two cores, on any videos.
 
@@ -149,7 +151,7 @@ def load_recipe(
     "The recipe of that name. Raises: ConfigError with the nearest name."
     return RECIPES[check_choice("recipe", name, RECIPES)]()
 
-# %% ../../nbs/60_training/66_recipes.ipynb #7b6d1424
+# %% ../../nbs/60_training/66_recipes.ipynb #63a06c86
 def model_config(
     recipe: SCVFPRecipe,  # arm and size
     embed_dim: int,  # D of the encoder
@@ -168,7 +170,7 @@ def model_config(
         common["ffn_dim"] = size.ffn_dim + round(extra / (2 * width + 1))
     return SCVFPConfig(**common, **fields)
 
-# %% ../../nbs/60_training/66_recipes.ipynb #fbe17f13
+# %% ../../nbs/60_training/66_recipes.ipynb #6b970c57
 def demo_worlds() -> dict:
     "The generated worlds of the demo, by name: digits that bounce, and large fast sprites with a distractor."
     return {
@@ -192,13 +194,17 @@ def open_folder(
         return None
     if recipe.videos in ("samples", "samples+worlds"):
         return VideoFolder(next(iter(sample_clips(download=download).values())).parent, **windows)
+    card, place, lists = recipe.card, Path(recipe.videos), None
     if recipe.videos == "kth":
         root = shared_data()
         if root is None or not (root / "videos" / "kth").is_dir():
-            raise InputError("videos: 'kth' needs the folder videos/kth with the KTH files in $FVLM_DATA; or name a folder of your own")
-        return kth_folder(root / "videos" / "kth", ranges=root / "kth_sequences.txt" if recipe.person_frames else None, **windows)
-    if not Path(recipe.videos).is_dir():
+            raise InputError("videos: 'kth' needs the folder videos/kth with the KTH files in $FVLM_DATA; or name a folder of your own, with card='kth' for a copy of KTH")
+        card, place, lists = "kth", root / "videos" / "kth", {"sequences": root / "kth_sequences.txt"}
+    if not place.is_dir():
         raise InputError(f"videos: got {recipe.videos!r}, expected 'samples', 'worlds', 'samples+worlds', 'kth' or an existing folder")
+    if card is not None:
+        items = open_dataset(card, place, protocol=recipe.protocol, annotations=lists).items
+        return VideoFolder.from_items(items if recipe.person_frames else [replace(item, ranges=None) for item in items], **windows)
     return VideoFolder(recipe.videos, group=recipe.group, **windows)
 
 
@@ -221,7 +227,8 @@ def open_splits(
     if recipe.videos in ("worlds", "samples+worlds"):
         for name, world in demo_worlds().items():
             clips += embed_world(world, name, embedder, cache, progress=progress)
-    rule = kth_side if recipe.videos == "kth" else drawn_split([c.group for c in clips], seed=recipe.split_seed).__getitem__
+    published = folder is not None and (recipe.card is not None or recipe.videos == "kth")
+    rule = (published_split(folder, seed=recipe.split_seed) if published else drawn_split([c.group for c in clips], seed=recipe.split_seed)).__getitem__
     if recipe.videos == "samples+worlds":  # a real clip on every side: only real clips say something about real clips
         real = {c.group: side for c, side in zip(clips, ("train", "val", "test"))}
         drawn, rule = rule, lambda group: real.get(group) or drawn(group)

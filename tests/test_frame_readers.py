@@ -1,0 +1,148 @@
+"""The readers beneath `decode`: no torch, no false trust, and facts that follow the file."""
+import os
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from fvlm.core import ConfigError, InputError, VideoError
+from fvlm.data import frame_readers
+from fvlm.data.frame_readers import FileFacts, Sink, Unreadable, Wanted, Watch, checked_path, describe, examine, read_decord, read_frames, read_pyav, wanted_frames
+from tests.hostile_videos import film, write
+
+QUICK = {"options": {"g": "8", "bf": "2", "preset": "veryfast"}}
+
+
+class Shelf(Sink):
+    def expect(self, total):
+        self.frames = [None] * total
+
+    def give(self, slots, frames):
+        assert len(slots) == len(frames) and frames.dtype == np.uint8
+        for slot, frame in zip(slots, frames):
+            self.frames[slot] = frame.copy()
+
+
+class Ears(Watch):
+    def __init__(self, *complaints):
+        self.steps, self.beats, self.lines = [], 0, list(complaints)
+
+    def step(self, name, seconds=0.0):
+        self.steps.append((name, seconds))
+
+    def beat(self):
+        self.beats += 1
+
+    def complaints(self):
+        self.asked = getattr(self, "asked", 0) + 1
+        return self.lines if self.asked == 2 else []  # the first time clears what was there before
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return str(write(tmp_path_factory.mktemp("films") / "film.mp4", film(3), **QUICK))
+
+
+def test_no_torch_comes_with_the_readers():
+    code = "import sys, fvlm.data.frame_readers, fvlm.data.decode_worker; print([m for m in ('torch', 'av', 'decord', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("order", [[0, 2, 1, 3], [5, 5, 5], [23, 0, 12, 1, 22], [3, 1, 2, 0, 4]])
+def test_slots_are_positions_in_the_request(path, order):
+    whole, some = Shelf(), Shelf()
+    read_frames(path, Wanted(), whole)
+    for backend in ("auto", "decord", "pyav"):
+        reading = read_frames(path, wanted_frames(order), some, backend=backend)
+        assert reading.indices.tolist() == order and all(np.array_equal(some.frames[k], whole.frames[i]) for k, i in enumerate(order))
+
+
+def test_a_complaint_on_the_terminal_is_a_doubt(path):
+    quiet = read_frames(path, Wanted(), Shelf(), watch=Ears())
+    assert (quiet.backend, quiet.notes) == ("decord", ())
+    told = read_frames(path, Wanted(), Shelf(), watch=Ears("[h264 @ 0x55] error while decoding MB 3 4"))
+    assert told.backend == "pyav" and told.notes[0] == "decord: the decoder complained 1 times, first: error while decoding MB 3 4"
+
+
+def test_blank_frames_and_repeats_are_doubts(tmp_path):
+    for name, change, says in (("black", lambda f: np.where(np.arange(24)[:, None, None, None] == 9, 0, f), "frame 9 all of one value"),
+                               ("still", lambda f: f[[*range(10), 9, *range(11, 24)]], "frames 9 and 10 equal")):
+        frames = change(film(4)).astype(np.uint8)
+        shelf = Shelf()
+        reading = read_frames(str(write(tmp_path / f"{name}.mkv", frames, "ffv1", "bgr0")), Wanted(), shelf)
+        assert reading.backend == "pyav" and says in reading.notes[0] and np.array_equal(np.stack(shelf.frames), frames)
+
+
+def test_decord_is_refused_when_its_index_is_not_the_files(path):
+    facts = examine(path)
+    for wrong in (facts.pts[:-1], facts.pts + np.arange(24) * 500):
+        other = FileFacts(**{**{k: getattr(facts, k) for k in facts.__dataclass_fields__}, "pts": wrong})
+        with pytest.raises(Unreadable, match="differs from the .* times in the file"):
+            read_decord(path, Wanted(), Shelf(), facts=other)
+
+
+def test_a_file_is_examined_once_until_it_changes(path, tmp_path):
+    copy = tmp_path / "copy.mp4"
+    copy.write_bytes(open(path, "rb").read())
+    first, second = Ears(), Ears()
+    assert len(examine(str(copy), first).pts) == 24 and examine(str(copy), second).rate == pytest.approx(25)
+    assert first.beats and not second.beats
+    write(copy, film(3)[:5], **QUICK)
+    assert len(examine(str(copy)).pts) == 5
+
+
+@pytest.mark.parametrize("pixel_format, codec", [("yuv420p10le", "libx264"), ("yuv411p", "ffv1"), ("yuv420p", "libvpx-vp9")])
+def test_what_decord_shows_otherwise_is_read_by_pyav_without_a_note(tmp_path, pixel_format, codec):
+    place = str(write(tmp_path / "film.mkv", film(5)[:6], codec, pixel_format))
+    reading = read_frames(place, Wanted(), Shelf())
+    assert (reading.backend, reading.notes, describe(place)["backend"]) == ("pyav", (), "pyav")
+
+
+def test_out_of_order_and_stray_seeks_are_told(path, monkeypatch):
+    facts = examine(path)
+    fields = {k: getattr(facts, k) for k in facts.__dataclass_fields__}
+    for change, says in (({"ordered": False}, "another order"), ({"seekable": False}, "seeks do not land")):
+        monkeypatch.setattr(frame_readers, "examine", lambda *_, change=change: FileFacts(**{**fields, **change}))
+        shelf = Shelf()
+        reading = read_frames(path, wanted_frames([20]), shelf)
+        assert reading.backend == "pyav" and says in reading.notes[0]
+
+
+def test_the_allowance_grows_with_honest_work_and_not_with_claims():
+    facts = dict(pts=np.arange(1000), keys=np.arange(0, 1000, 100), packets=1000, time_base=Fraction(1, 25), rate=25.0, codec="h264", ordered=True, steady=True, seekable=True, pixel_format="yuv420p")
+    honest = FileFacts(**facts, height=1000, width=1000, bytes=10**8)
+    assert honest.decoding_seconds(np.array([0])) == pytest.approx(0.25) and honest.decoding_seconds(np.array([99])) == pytest.approx(25)
+    assert honest.decoding_seconds(np.arange(50, 82)) == pytest.approx(82 / 4) and honest.decoding_seconds(np.array([99, 199])) == pytest.approx(50)
+    assert FileFacts(**facts, height=16000, width=16000, bytes=10**4).decoding_seconds(np.arange(1000)) <= 0.2
+
+
+def test_corrupt_frames_and_what_is_built_on_them(tmp_path):
+    place = tmp_path / "film.mp4"
+    data = bytearray(write(place, film(6), options={"g": "24", "bf": "0", "preset": "veryfast"}).read_bytes())
+    start = len(data) // 2
+    data[start : start + 16] = bytes(byte ^ 0x5A for byte in data[start : start + 16])
+    place.write_bytes(data)
+    reading, doubts = read_pyav(str(place), wanted_frames([23]), Shelf())  # the last frame alone: the damage lies before it
+    assert any("builds 1 frames on corrupt ones" in doubt or "corrupt" in doubt for doubt in doubts) and reading.indices.tolist() == [23]
+
+
+def test_padding_is_named():
+    times = np.arange(10) / 25
+    for pad, want in (("repeat", [8, 9, 9, 9]), ("loop", [8, 9, 0, 5])):
+        wanted = wanted_frames([8, 9, 10, 15], pad=pad)
+        assert wanted.resolve("x", times).tolist() == want and "2 of 4 frames lie past the end, the first of them frame 10" in wanted.padding_note(np.array(want))[0]
+    assert wanted_frames([0, 9], pad="loop").padding_note(np.array([0, 9])) == ()
+    with pytest.raises(VideoError, match="frame 15 was asked for"):
+        wanted_frames([8, 15]).resolve("x", times)
+    with pytest.raises(ConfigError, match="pad.*'loops'.*did you mean 'loop'"):
+        wanted_frames([0], pad="loops")
+
+
+def test_paths_that_are_none():
+    for wrong in (3, None, b"x.mp4", True, "a\0b.mp4"):
+        with pytest.raises(InputError, match="path"):
+            checked_path(wrong)
+    with pytest.raises(VideoError, match="cannot be read|no such file"):
+        checked_path("x" * 5000 + ".mp4")
