@@ -1,6 +1,7 @@
 """From a folder with broken files to a page; and train, evaluate, predict by the command line with real weights."""
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import av
@@ -126,6 +127,16 @@ def test_train_evaluate_predict_by_command(wheel_file, folder, tmp_path, capsys)
     assert main(["predict", str(folder / "notes.mp4"), "--run", str(run)]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error:") and "notes.mp4" in error and "\n" not in error
+    half = tmp_path / "half"
+    whole = [*["train", "sc_vfp", "--videos", str(folder), "--no-progress", "--json"], *small, "--training.save-every", "3"]
+    assert main([*whole, "--out", str(half)]) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shutil.rmtree(half / "step-00000006")
+    assert main([*whole, "--out", str(half), "--resume", "auto"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first
+    assert [json.loads(line)["step"] for line in (half / "log.jsonl").read_text().splitlines() if '"train"' in line][-1] == 6
+    assert main([*whole, "--out", str(half), "--resume", "auto", "--training.learning-rate", "0.01"]) == 2
+    assert "learning_rate: 0.01 here, 0.001 in the checkpoint" in capsys.readouterr().err
     write_video(folder / "day 0" / "another.mp4", BouncingSprites(num_clips=1, num_frames=40, seed=7)[0]["frames"])
     assert main(["evaluate", "--run", str(run)]) == 2
     assert "have changed since" in capsys.readouterr().err

