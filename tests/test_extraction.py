@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fvlm.core import InputError, VideoError
+from fvlm.core import ConfigError, InputError, VideoError
 from fvlm.data.clips import VideoFolder
 from fvlm.data.embedding_cache import EmbeddingCache, clip_key
 from fvlm.data.video import read_clip
@@ -98,6 +98,17 @@ def test_another_encoder_stride_or_flip_has_rows_of_its_own(folder, cache):
     for options in (dict(embedder=FrameEmbedder.tiny(seed=1)), dict(stride=2), dict(flip=True)):
         report = embed_folder(folder, **(dict(embedder=FrameEmbedder.tiny(), cache=cache, progress=False) | options))
         assert len(report.done) == 3, options
+
+
+def test_shards_share_a_folder_and_leave_nothing_out(folder, cache):
+    parts = [embed_folder(folder, FrameEmbedder.tiny(), cache, shard=(k, 3), progress=False) for k in range(3)]
+    names = [name for part in parts for name in part.done]
+    whole = embed_folder(folder, FrameEmbedder.tiny(), cache, progress=False)
+    assert len(names) == len(set(names)) and set(whole.keys) == {n for part in parts for n in part.keys} and not whole.done
+    assert sorted(name for part in parts for name, _ in part.bad) == sorted(name for name, _ in whole.bad)
+    for wrong in ((3, 3), (-1, 2), (0, 0)):
+        with pytest.raises(ConfigError, match="shard"):
+            embed_folder(folder, FrameEmbedder.tiny(), cache, shard=wrong, progress=False)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(folder, cache):

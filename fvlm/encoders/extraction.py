@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed_clip', 'ExtractionReport', 'embed_folder']
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #1d88a342
+# %% ../../nbs/20_encoders/24_extraction.ipynb #1a214c8d
 import os
 import time
 from collections import Counter
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, VideoError
+from ..core import ConfigError, InputError, VideoError
 from ..data.clips import find_videos, record_bad_files
 from ..data.embedding_cache import EmbeddingCache, clip_key
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #03513aec
+# %% ../../nbs/20_encoders/24_extraction.ipynb #4cba8138
 def embed_clip(
     path,  # a video file
     embedder,  # a FrameEmbedder, or anything with .fingerprint, .embed_dim that turns (T,H,W,3) uint8 into (1,T,D)
@@ -34,7 +34,7 @@ def embed_clip(
     """
     return cache.get_or_embed(path, embedder, stride=stride, flip=flip, batch_frames=batch_frames)
 
-# %% ../../nbs/20_encoders/24_extraction.ipynb #04a7aac3
+# %% ../../nbs/20_encoders/24_extraction.ipynb #0767148c
 @dataclass(frozen=True, kw_only=True)
 class ExtractionReport:
     "What one run over a folder did."
@@ -108,15 +108,20 @@ def embed_folder(
     stride: int = 1,  # every stride-th frame
     batch_frames: int = 32,  # frames an encoder call
     flip: bool = False,  # mirror the frames left to right
+    shard: tuple[int, int] = (0, 1),  # (which, of how many): several processes or machines share a folder and a cache, each its own clips
     progress: bool = True,  # show a bar
 ) -> ExtractionReport:
     """Every clip of the folder in the cache; clips that are there already cost nothing, broken ones are set aside.
 
-    Safe to interrupt and to run again. Raises: InputError if there is no video at all or the cache cannot be written.
+    Safe to interrupt, to kill and to run again: a clip is in the cache whole or not at all. Raises: ConfigError for a shard that there is not; InputError if there is no video at all or the cache cannot be written.
     """
     from tqdm.auto import tqdm
 
+    which, shards = shard
+    if not (isinstance(which, int) and isinstance(shards, int) and 0 <= which < shards):
+        raise ConfigError(f"shard: got {which} of {shards}, expected 0 to {shards - 1 if isinstance(shards, int) and shards > 0 else 'n - 1'} of n")
     start, (clips, bad, skipped) = time.perf_counter(), _clips_of(folder, cache.dir)
+    clips = dict(list(clips.items())[which::shards])
     done, cached, frames, size, keys = [], [], 0, 0, {}
     notes, damaged = [], len(cache.notes)
     with tqdm(clips.items(), desc="embed", unit="clip", disable=not progress) as bar:
