@@ -40,8 +40,9 @@ def write(path, frames, codec="libx264", pixel_format="yuv420p", options=None, v
     "Write uint8 (T,H,W,3) frames as a video file."
     import av
 
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:  # the same bytes on every run: no dates, no random names
         stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream.codec_context.thread_count = 1
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixel_format
         if variable:
             stream.codec_context.time_base = Fraction(1, 1000)

@@ -327,7 +327,7 @@ def test_frame_indices_at_the_native_rate_are_all():
 
 @pytest.mark.parametrize("turn, rotated", [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
 def test_both_readers_turn_a_sideways_film(tmp_path, turn, rotated):
-    upright = write(tmp_path / "upright.mp4", film(24, 96, 128), "libx264", "yuv420p", g=8, bf=2)
+    upright = write(tmp_path / "upright.mp4", film(24, 84, 112), "libx264", "yuv420p", g=8, bf=2)
     data = bytearray(upright.read_bytes())
     at = data.find(b"tkhd") + 44
     a, b, c, d = (65536 * n for n in turn)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Clip', 'decode', 'read_clip', 'VideoInfo', 'probe']
 
-# %% ../../nbs/10_data/14_video.ipynb #36cf42a0
+# %% ../../nbs/10_data/14_video.ipynb #90497f24
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .decode_worker import DecodeWorker, own_worker
 from .frame_readers import BACKENDS, VIDEO_SUFFIXES, Sink, Wanted, checked_path, describe, frame_indices, read_frames, wanted_frames
 from .still_frames import describe_stills, is_still, read_stills
 
-# %% ../../nbs/10_data/14_video.ipynb #09f5ee19
+# %% ../../nbs/10_data/14_video.ipynb #bf179277
 def _checked_size(size) -> tuple[int, int] | None:
     "Height and width to resize to, or None."
     if size is None:
@@ -37,7 +37,7 @@ def _resized(frames: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor
     moved = frames.permute(0, 3, 1, 2)  # channels-last in memory: torch has a fast uint8 path for exactly this
     return torch.nn.functional.interpolate(moved, size=size, mode="bilinear", antialias=True).permute(0, 2, 3, 1).contiguous()
 
-# %% ../../nbs/10_data/14_video.ipynb #a58c8efc
+# %% ../../nbs/10_data/14_video.ipynb #ee6762ed
 class _Film(Sink):
     "Frames as one tensor, resized."
 
@@ -48,13 +48,12 @@ class _Film(Sink):
         self.frames, self.empty, self.total = None, np.ones(total, bool), total
 
     def give(self, slots, frames: np.ndarray) -> None:
-        block = _resized(torch.from_numpy(frames if frames.flags.writeable else frames.copy()), self.size)
+        if self.size is not None and frames.shape[1:3] != self.size:
+            frames = _resized(torch.from_numpy(frames if frames.flags.writeable else frames.copy()), self.size).numpy()
         if self.frames is None:
-            self.frames = self._room(block.shape[1:])
-        if list(slots) == list(range(slots[0], slots[0] + len(slots))):
-            self.frames[slots[0] : slots[-1] + 1] = block
-        else:
-            self.frames[list(slots)] = block
+            self.frames = self._room(frames.shape[1:])
+        run = list(slots) == list(range(slots[0], slots[0] + len(slots)))
+        self.frames.numpy()[slice(slots[0], slots[-1] + 1) if run else list(slots)] = frames  # numpy copies with one thread: torch's would wait for the decoder's
         self.empty[slots] = False
 
     def _room(self, shape) -> torch.Tensor:
@@ -79,7 +78,7 @@ def _free_bytes() -> float:
     except (OSError, StopIteration):
         return float("inf")
 
-# %% ../../nbs/10_data/14_video.ipynb #08542093
+# %% ../../nbs/10_data/14_video.ipynb #4b661885
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     "Decoded frames and where they came from."
@@ -141,7 +140,7 @@ def _worker(isolated) -> DecodeWorker:
         raise InputError(f"isolated: got {isolated!r}, expected True, False or a DecodeWorker")
     return own_worker() if isolated is True else isolated
 
-# %% ../../nbs/10_data/14_video.ipynb #c6a52e85
+# %% ../../nbs/10_data/14_video.ipynb #94e70f6d
 def read_clip(
     path,  # a video file, a folder of pictures, file.npy, or file.npy#item
     indices=None,  # frame indices >= 0, in any order; default all frames
@@ -160,7 +159,7 @@ def read_clip(
     """
     return decode(path, indices, fps=fps, stride=stride, size=size, backend=backend, pad=pad, native_fps=native_fps, isolated=isolated).frames
 
-# %% ../../nbs/10_data/14_video.ipynb #3153ddea
+# %% ../../nbs/10_data/14_video.ipynb #4f2abb1a
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
     "What a file holds, found without decoding more than its first frames."
