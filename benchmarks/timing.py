@@ -176,11 +176,11 @@ class Table:
         measured: str,  # what the row says
         value: str,  # what was found, shown in place of a ratio
         *,
-        bar: str,  # what was asked for
+        bar: str,  # what was asked for; "-" for nothing
         holds: bool,  # whether it was found
     ) -> "Table":
         "Append a row that is no ratio: a yes or no, a count."
-        self.rows.append(dict(measured=measured, bar=bar, ratio=value, threads="-", verdict="holds" if holds else "MISSES"))
+        self.rows.append(dict(measured=measured, bar=bar, ratio=value, threads="-", verdict="-" if bar == "-" else "holds" if holds else "MISSES"))
         return self
 
     def markdown(self) -> str:
