@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 import fvlm
+from fvlm.annotation_rows import FILTERS, fill
 from fvlm.core import ConfigError
-from fvlm.data.cards import FILTERS, CardError, card_schema, expand, fill, list_cards, load_card, parse_card, value_fits
+from fvlm.data.cards import CardError, card_schema, list_cards, load_card, parse_card
+from fvlm.item_facts import expand, value_fits
 
 NAMES = ("epic_kitchens", "hmdb51", "kinetics400", "kth", "moving_mnist", "penn_action", "sample_clips", "something_something_v2",
          "ucf101", "ucf_sports", "ucsd_pedestrian", "webvid", "worlds")

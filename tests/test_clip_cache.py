@@ -558,6 +558,24 @@ def test_a_folder_of_pictures_is_a_clip_too(tmp_path, cache):
         assert not cache.read(place, [3]).any()
 
 
+def test_sequences_of_one_array_share_its_hash_and_notice_an_edit(tmp_path, monkeypatch):
+    "Ten thousand sequences lie in one large file: it is hashed once, and again when it has changed."
+    path, hashed = tmp_path / "stack.npy", []
+    frames = np.random.default_rng(0).integers(0, 255, (10, 4, 16, 16)).astype(np.uint8)  # time first
+    np.save(path, frames)
+    monkeypatch.setattr(clip_cache, "content_key", lambda file: hashed.append(file) or content_key(file))
+    cache = ClipCache(tmp_path / "cache")
+    for n in (0, 3, 0):
+        assert np.array_equal(cache.frames(f"{path}#{n:05d}")[..., 0], frames[:, n])
+    names = {clip_cache.clip_content(f"{path}#{n:05d}") for n in range(4)}
+    assert len(hashed) == 1 and len(names) == 4
+    np.save(path, frames[:, ::-1])
+    os.utime(path, ns=(0, 10**18))
+    with pytest.warns(UserWarning, match="has changed since it was cached"):
+        assert np.array_equal(cache.frames(f"{path}#00000")[..., 0], frames[:, 3])
+    assert len(hashed) == 2 and not names & {clip_cache.clip_content(f"{path}#{n:05d}") for n in range(4)}
+
+
 PEAK = """
     import resource, sys
     from fvlm.data import clip_cache

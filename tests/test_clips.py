@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from fvlm.core import ConfigError, InputError, VideoError
 from fvlm.data import clips
-from fvlm.data.clips import ClipEntry, VideoFolder, find_videos, window_indices, window_starts
+from fvlm.data.clips import ClipEntry, VideoFolder, find_videos
 from fvlm.data.video import read_clip
+from fvlm.frame_windows import window_indices, window_starts
 
 
 def write(path, count=24, size=32, seed=0):
@@ -245,7 +246,7 @@ def test_two_segments_of_one_file_stay_together(items):
 
 @pytest.mark.parametrize("change, says", [
     (lambda items: items.clear(), "items: got none"), (lambda items: items.append(items[0]), "9 items with 8 names"),
-    (lambda items: items.append(item("world/3", None)), "'world/3' has no file"), (lambda items: items.append(item("seq", "a.npy", kind="npy_stack")), "'seq' has no file"),
+    (lambda items: items.append(item("world/3", None)), "'world/3' has no file"),
 ])
 def test_items_that_cannot_be(items, change, says):
     change(items)
@@ -265,6 +266,20 @@ def test_pictures_and_arrays_are_clips_too(tmp_path):
     assert [c.frames for c in folder.clips] == [30, 30]
     for k in (0, 23, 24, -1):
         assert torch.equal(folder[k]["video"], torch.from_numpy(frames[folder[k]["indices"]]))
+
+
+def test_sequences_of_a_stack_are_clips_too(tmp_path):
+    stack = np.random.default_rng(0).integers(0, 255, (20, 6, 16, 16)).astype(np.uint8)  # time first, as Moving-MNIST has it
+    np.save(tmp_path / "stack.npy", stack)
+    items = [item(f"stack.npy#{n:05d}", tmp_path / f"stack.npy#{n:05d}", kind="npy_stack", split="test" if n > 3 else "train") for n in (5, 0, 1, 2, 3, 4)]
+    folder = VideoFolder.from_items([*items, item("stack.npy#00006", tmp_path / "stack.npy#00006", kind="npy_stack")], context_frames=3, gap=2)
+    assert [c.frames for c in folder.clips] == [20] * 6 and len(folder) == 6 * 14 and [path.name for path, _ in folder.bad] == ["stack.npy#00006"]
+    assert folder.clips[0].name == "stack.npy#00005" and folder.root == tmp_path
+    for k in (0, 13, 14, -1):
+        number = int(folder[k]["name"][-1])
+        assert np.array_equal(folder[k]["video"].numpy(), np.repeat(stack[folder[k]["indices"], number][..., None], 3, axis=-1))
+    parts = folder.split(by="clip")
+    assert {name: {c.name[-1] for c in part.clips} for name, part in parts.items()} == {"train": set("0123"), "test": set("45")}, "one file, and still six clips"
 
 
 def test_a_repaired_file_leaves_the_list_of_bad_ones(tmp_path):

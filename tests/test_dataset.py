@@ -12,7 +12,9 @@ from fvlm.app.cards_commands import check_dataset, compare, look_at
 from fvlm.app.cli import main
 from fvlm.core import ConfigError, InputError
 from fvlm.data.cards import list_cards, load_card
-from fvlm.data.dataset import PROBLEMS, DatasetItem, frame_ranges, open_dataset, read_item
+from fvlm.data.dataset import open_dataset, read_item
+from fvlm.frame_windows import frame_ranges
+from fvlm.item_facts import PROBLEMS, DatasetItem
 
 # --- small copies ----------------------------------------------------------------------------------------------------
 
@@ -547,7 +549,7 @@ def test_an_unreadable_list_is_told_and_when_named_raised(own_copy, name, place,
 
 def test_broken_lists_raise_nothing_else(tmp_path, copies):
     "Bytes changed, cut and doubled in every kind of annotation."
-    from fvlm.data.dataset import read_rows
+    from fvlm.annotation_rows import read_rows
 
     rng = np.random.default_rng(0)
     for name, place, note in (("penn_action", "Penn_Action/labels/0001.mat", 0), ("kinetics400", "annotations/train.csv", 0), ("something_something_v2", "labels/train.json", 0), ("kth", "00sequences.txt", 0)):
@@ -643,6 +645,111 @@ def test_the_shared_clips_by_a_card_for_their_manifest(shared_clips, tmp_path):
     found = open_dataset(tmp_path / "shared.md", shared_clips / "videos")
     rows = (shared_clips / "videos" / "MANIFEST.tsv").read_text(encoding="utf-8").splitlines()
     assert len(found) == len(rows) - 1 and not found.problems and all(item.caption for item in found.items)
+
+
+# --- training by a card ----------------------------------------------------------------------------------------------
+
+def moving_pictures(seed, frames, size):
+    "uint8 (T,H,W,3): noise that drifts."
+    ground = np.random.default_rng(seed).integers(0, 200, (*size, 3)).astype(np.uint8)
+    return [np.ascontiguousarray(np.roll(ground, 3 * t, 1)) for t in range(frames)]
+
+
+@pytest.fixture
+def small_ucf101(tmp_path):
+    "UCF-101's own folders and lists, with real small films: two actions, groups 1, 2, 9, 16, 17 and 25 of each, two clips a group; one of them is broken."
+    import av
+
+    root, names = tmp_path / "UCF101", []
+    for a, label in enumerate(("Archery", "YoYo")):
+        for g in (1, 2, 9, 16, 17, 25):
+            for c in (1, 2):
+                names.append((f"{label}/v_{label}_g{g:02d}_c{c:02d}.avi", a, g))
+                path = root / "UCF-101" / names[-1][0]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with av.open(str(path), "w") as container:
+                    stream = container.add_stream("mpeg4", rate=25, width=64, height=48, pix_fmt="yuv420p")
+                    for picture in moving_pictures((a, g, c), 12, (48, 64)):
+                        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                    container.mux(stream.encode())
+    (root / "UCF-101/YoYo/v_YoYo_g25_c02.avi").write_bytes(b"RIFF" + bytes(400))
+    lists = root / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "classInd.txt").write_text("1 Archery\n2 YoYo\n")
+    (lists / "trainlist01.txt").write_text("".join(f"{name} {a + 1}\n" for name, a, g in names if g > 7))
+    (lists / "testlist01.txt").write_text("".join(f"{name}\n" for name, _, g in names if g <= 7))
+    return root
+
+
+def small_recipe(root, card, **changes):
+    from dataclasses import replace
+
+    from fvlm.training.recipes import sc_vfp
+
+    return replace(sc_vfp(), videos=str(root), card=card, context_frames=3, gap=2, gap_jitter=0, **changes)
+
+
+def opened(recipe, tmp_path):
+    from fvlm.data.embedding_cache import EmbeddingCache
+    from fvlm.encoders.embeddings import FrameEmbedder
+    from fvlm.training.recipes import open_splits
+
+    splits, folder = open_splits(recipe, FrameEmbedder.tiny(), cache=EmbeddingCache(tmp_path / "embeddings"), progress=False)
+    return {side: {clip.name: clip.group for clip in clips} for side, clips in splits.clips.items()}, splits, folder
+
+
+@pytest.mark.parametrize("protocol", [None, "official_1"])
+def test_a_recipe_trains_on_a_copy_by_its_card(small_ucf101, tmp_path, protocol):
+    sides, splits, folder = opened(small_recipe(small_ucf101, "ucf101", protocol=protocol), tmp_path)
+    found = open_dataset("ucf101", small_ucf101, protocol=protocol)
+    whole = {item.name for item in found.items} - {"UCF-101/YoYo/v_YoYo_g25_c02.avi"}
+    assert set().union(*sides.values()) == whole and [path.name for path, _ in folder.bad] == ["v_YoYo_g25_c02.avi"]
+    assert set(sides["test"]) == {item.name for item in found.part("test")} and len(sides["test"]) == 8
+    if protocol is None:
+        assert set(sides["val"]) == {item.name for item in found.part("val")} & whole
+    else:  # the lists have no validation side: groups of the training side are drawn for it
+        assert sides["val"] and set(sides["val"]) < {item.name for item in found.part("train")}
+    for a, b in combinations(sides.values(), 2):
+        assert not {name.rsplit("_c", 1)[0] for name in a} & {name.rsplit("_c", 1)[0] for name in b}, "a group on two sides"
+    for side in ("train", "val", "test"):
+        assert len(getattr(splits, side)) == 6 * len(sides[side])  # twelve frames hold six windows of 3 + 1 frames, two apart
+    assert splits.train.batch([0])["embeddings"].shape == (1, 3, 32)
+
+
+def test_pictures_train_by_their_card_too(tmp_path):
+    "UCSD's clips are folders of tif files; its test side is its own, and validation is drawn from its training clips."
+    from PIL import Image
+
+    root = tmp_path / "ucsd"
+    for n in range(1, 6):
+        for part in ("Train", "Test"):
+            folder = root / "UCSD_Anomaly_Dataset.v1p2/UCSDped2" / part / f"{part}{n:03d}"
+            folder.mkdir(parents=True)
+            for k, picture in enumerate(moving_pictures((n, part == "Test"), 10, (24, 36)), 1):
+                Image.fromarray(picture[..., 0]).save(folder / f"{k:03d}.tif")
+    (root / "UCSD_Anomaly_Dataset.v1p2/UCSDped2/Train/Train003/004.tif").write_bytes(b"II*\0" + bytes(50))
+    sides, splits, folder = opened(small_recipe(root, "ucsd_pedestrian"), tmp_path)
+    assert {path.name for path, _ in folder.bad} == {"Train003"} and "004.tif" in folder.bad[0][1]
+    assert {name[-7:] for name in sides["test"]} == {f"Test{n:03d}" for n in range(1, 6)}
+    assert {name[-8:] for name in {**sides["train"], **sides["val"]}} == {f"Train{n:03d}" for n in (1, 2, 4, 5)} and sides["train"] and sides["val"]
+    assert len(splits.test) == 5 * 4
+
+
+def test_train_by_a_card_on_the_command_line(small_ucf101, tmp_path, monkeypatch, capsys):
+    from fvlm.encoders.embeddings import FrameEmbedder
+    from fvlm.training.recipes import EncoderChoice
+
+    monkeypatch.setattr(EncoderChoice, "load", lambda self, download=False: FrameEmbedder.tiny())
+    monkeypatch.setenv("FVLM_HOME", str(tmp_path / "home"))
+    small = "--context-frames 3 --gap 2 --size.width 16 --size.num-heads 2 --size.ffn-dim 16 --size.depth 1 --training.steps 4 --training.val-every 2 --no-progress".split()
+    words = ["train", "sc_vfp", "--videos", str(small_ucf101), "--card", "ucf101", "--out", str(tmp_path / "run"), *small]
+    assert main([*words, "--protocol", "official_1"]) == 0
+    told = capsys.readouterr().out
+    assert "set aside v_YoYo_g25_c02.avi" in told and "ridge" in told and "scmhsa" in told
+    assert main([*words, "--protocol", "official_9"]) == 2
+    assert "did you mean 'official_" in capsys.readouterr().err
+    assert main([*words[:5], "ucf102", *words[6:]]) == 2
+    assert "did you mean 'ucf101'" in capsys.readouterr().err
 
 
 # --- check -----------------------------------------------------------------------------------------------------------

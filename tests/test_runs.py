@@ -147,3 +147,33 @@ def test_a_log_is_replayed_row_by_row(tmp_path, monkeypatch, capsys):
 
 def test_columns_line_up():
     assert text_table(("name", "n"), [("a", "1.5"), ("long", "22")]).splitlines() == ["name    n", "a     1.5", "long   22"]
+
+
+def test_an_error_is_compared_first_and_of_a_cosine_more_is_better(root, capsys):
+    def both(run, cosine):
+        tables = {"cosine": dict.fromkeys(CLIPS, cosine), "mse": {c: 1 - cosine + 0.001 * i for i, c in enumerate(CLIPS)}}
+        write_record(root, "two", run, config={}, parameters=1, metrics={name: 0.5 for name in tables}, metrics_by_clip=tables)
+        return find_runs(f"two/{run}", root)
+
+    near, far = both("near", 0.9), both("far", 0.7)
+    assert compare_runs(near, far).metric == "mse" and compare_runs(near, far).verdict().startswith("near has the lower mse")
+    for found in (compare_runs(near, far, metric="cosine"), compare_runs(far, near, metric="cosine")):
+        assert found.skill is None and found.verdict().startswith("near has the higher cosine")
+    assert main(["runs", "list", "two", "--root", str(root)]) == 0
+    assert "cosine" not in capsys.readouterr().out
+
+
+def test_a_folder_of_trainings_is_listed_by_the_names_that_compare_takes(root, tmp_path, capsys):
+    for name in ("mine", "other"):
+        record(tmp_path / "runs" / name / "records", "run--scmhsa--seed0", np.arange(1, 9), study="run")
+        (tmp_path / "runs" / name / "record.json").write_text((tmp_path / "runs" / name / "records/run/run--scmhsa--seed0.json").read_text())
+    for words in (["list", str(tmp_path / "runs")], ["list", "--root", str(tmp_path / "runs")]):
+        assert main(["runs", *words]) == 0
+        rows = capsys.readouterr().out.splitlines()[1:]
+        assert [row.split()[0] for row in rows] == [str(tmp_path / "runs" / name) for name in ("mine", "other")]
+    assert main(["runs", "compare", *(row.split()[0] for row in rows)]) == 0
+    (tmp_path / "runs/cut").mkdir()
+    with pytest.raises(InputError, match="without a finished run"):
+        find_runs(str(tmp_path / "runs/cut"), root)
+    with pytest.raises(InputError, match="no run records"):
+        find_runs(str(tmp_path / "runs/nowhere"), tmp_path / "nowhere")

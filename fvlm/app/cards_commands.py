@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Look', 'look_at', 'compare', 'CheckReport', 'check_dataset', 'described', 'CardsCommand']
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #829b2315
+# %% ../../nbs/90_app/96_cards_commands.ipynb #37088422
 import hashlib
 import json
 import re
@@ -20,10 +20,11 @@ import tyro
 
 from ..core import ConfigError, InputError, VideoError
 from ..data.cards import Card, card_schema, list_cards, load_card
-from ..data.dataset import PROBLEMS, Dataset, DatasetItem, DatasetProblem, open_dataset, read_item
+from ..data.dataset import Dataset, open_dataset, read_item
 from ..files import read_json, sha256_of, write_json
+from ..item_facts import PROBLEMS, DatasetItem, DatasetProblem
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #a2c8fca2
+# %% ../../nbs/90_app/96_cards_commands.ipynb #84b641b4
 @dataclass(frozen=True, kw_only=True)
 class Look:
     "What one item turned out to be."
@@ -69,7 +70,7 @@ def _chosen(frames: int, decode: str) -> list[int]:
     "Which frames to decode."
     return list(range(frames)) if decode == "all" else sorted({0, frames // 2, frames - 1}) if decode == "ends" else []
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #f1b14cc0
+# %% ../../nbs/90_app/96_cards_commands.ipynb #9fea5476
 def _look_at_film(item: DatasetItem, decode: str) -> dict:
     "Facts of a video file or an array. Raises: VideoError."
     from fvlm.data.video import probe, read_clip
@@ -104,7 +105,7 @@ def _look_at_pictures(item: DatasetItem, decode: str) -> dict:
     (width, height), = sizes
     return {"frames": len(files), "width": width, "height": height}
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #de5b8003
+# %% ../../nbs/90_app/96_cards_commands.ipynb #c1ebfeba
 def compare(
     card: Card,  # what is expected
     item: DatasetItem,  # which item
@@ -132,7 +133,7 @@ def compare(
             differ("wrong frames", look.frames, f"at least {last}, by its {name}")
     return found
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #5e169392
+# %% ../../nbs/90_app/96_cards_commands.ipynb #f6f314a1
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
     "What `check_dataset` found."
@@ -195,7 +196,7 @@ def _examples(problems: list[DatasetProblem]) -> str:
     shown = [f"{p.name[:70]}{f' ({p.detail[:150]})' if p.detail and p.kind != 'missing' else ''}" for p in problems[:3 if problems[0].kind in ('missing', 'extra', 'unmatched', 'no side') else 2]]
     return "; ".join([*shown, *([f"... {len(problems) - len(shown):,} more"] if len(problems) > len(shown) else [])])
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #909a57a8
+# %% ../../nbs/90_app/96_cards_commands.ipynb #ca784c91
 def check_dataset(
     card,  # a card, its name, or the path of a card
     root=None,  # the folder of the copy; None for generated worlds and for files of `fvlm weights get`
@@ -288,7 +289,7 @@ def _known_files(data: Dataset) -> list[DatasetProblem]:
             problems.append(DatasetProblem(kind="wrong hash", name=path.name, detail=f"sha256 {came[:12]}..., expected {known.sha256[:12]}..."))
     return problems
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #9baaa0f7
+# %% ../../nbs/90_app/96_cards_commands.ipynb #5990b866
 def described(
     card: Card,  # any card
 ) -> str:
@@ -311,7 +312,7 @@ def described(
         lines.append(f"  {way.source}: " + ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in said.items()) + (f"; {way.note}" if way.note else ""))
     return "\n".join([*lines, "", card.body])
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #3520e1a5
+# %% ../../nbs/90_app/96_cards_commands.ipynb #336cc531
 _WORDS = {"list": (0, 0, "nothing"), "show": (1, 1, "the NAME of a card"), "check": (1, 2, "the NAME of a card and the folder of a copy"), "schema": (0, 0, "nothing")}
 
 

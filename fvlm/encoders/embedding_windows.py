@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import InputError, NonFiniteError, ShapeError, check_choice, check_range
-from ..data.clips import window_starts
+from ..frame_windows import window_starts
 
 # %% ../../nbs/20_encoders/23_embedding_windows.ipynb #a195773d
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['STATISTICS', 'Spread', 'spread', 'Interval', 'paired_bootstrap', 'minimum_detectable_effect', 'runs_needed',
            'sign_flip_test', 'smallest_p_value', 'holm']
 
-# %% ../../nbs/70_evidence/70_statistics.ipynb #7da8a499
+# %% ../../nbs/70_evidence/70_statistics.ipynb #f381c130
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core import InputError, NonFiniteError, ShapeError, check_choice, check_range, numpy_generator
 
-# %% ../../nbs/70_evidence/70_statistics.ipynb #deac3bab
+# %% ../../nbs/70_evidence/70_statistics.ipynb #e1501c1f
 def _table(name: str, values) -> np.ndarray:
     "(seeds, clips) in float64, finite."
     table = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)
@@ -37,7 +37,7 @@ def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
         raise ShapeError(f"a and b: expected the same (seeds, clips), or one seed in one of them, got {a.shape} and {b.shape}")
     return np.broadcast_to(a, (seeds, a.shape[1])), np.broadcast_to(b, (seeds, a.shape[1]))
 
-# %% ../../nbs/70_evidence/70_statistics.ipynb #eb1ec09f
+# %% ../../nbs/70_evidence/70_statistics.ipynb #acb3db64
 @dataclass(frozen=True, kw_only=True)
 class Spread:
     "Where the noise of a mean over (seeds, clips) comes from. `seed`, `clip` and `cell` are standard deviations of one draw of each."
@@ -87,7 +87,7 @@ def spread(
     deviations = {name: None if v is None else math.sqrt(max(v, 0.0)) for name, v in between.items()}
     return Spread(mean=float(mean), cell=math.sqrt(cell), seeds=seeds, clips=clips, **deviations)
 
-# %% ../../nbs/70_evidence/70_statistics.ipynb #acbab180
+# %% ../../nbs/70_evidence/70_statistics.ipynb #dab5d948
 STATISTICS = {
     "difference": ("mean(a) - mean(b)", 0.0),
     "ratio": ("mean(a) / mean(b)", 1.0),
@@ -128,7 +128,7 @@ class Interval:
         text = f"{self.estimate:.4g} [{self.low:.4g}, {self.high:.4g}] ({self.confidence:.0%}, {self.seeds} seeds x {self.clips} clips, {verdict} {self.null:g}; detectable: {self.detectable:.3g})"
         return f"{text}; {self.note}" if self.note else text
 
-# %% ../../nbs/70_evidence/70_statistics.ipynb #1b56811a
+# %% ../../nbs/70_evidence/70_statistics.ipynb #6748fe8b
 def _weights(draw: np.random.Generator, resamples: int, size: int) -> np.ndarray:
     "(resamples, size): how often each unit was drawn, divided by size."
     if size == 1:
@@ -160,7 +160,7 @@ def _bca_ends(estimate: float, resampled: np.ndarray, influence: np.ndarray, con
     z = bias + ndtri([0.5 - confidence / 2, 0.5 + confidence / 2])
     return tuple(np.quantile(resampled, ndtr(bias + z / (1 - acceleration * z))))
 
-# %% ../../nbs/70_evidence/70_statistics.ipynb #fcea7924
+# %% ../../nbs/70_evidence/70_statistics.ipynb #0492490e
 def paired_bootstrap(
     a,  # (seeds, clips) errors of the first arm; (clips,) or (1, clips) for an arm without seeds
     b,  # the same of the second arm: seed s and clip c of both arms belong together
@@ -210,7 +210,7 @@ def _stretch(noise: Spread, resampled: np.ndarray, confidence: float) -> float:
     width = resampled.std() * ndtri(0.5 + confidence / 2)
     return noise.half_width(confidence) / width if width > 1e-12 * abs(noise.mean) else 1.0
 
-# %% ../../nbs/70_evidence/70_statistics.ipynb #f9101063
+# %% ../../nbs/70_evidence/70_statistics.ipynb #6db08624
 def _detectable(noise: Spread, power: float, alpha: float) -> float:
     "The smallest true mean that is called with probability `power` at level `alpha`."
     from scipy.optimize import brentq
@@ -279,7 +279,7 @@ def runs_needed(
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
 
-# %% ../../nbs/70_evidence/70_statistics.ipynb #0caee1dc
+# %% ../../nbs/70_evidence/70_statistics.ipynb #9576a8b1
 def sign_flip_test(
     differences,  # (n,) one paired difference for each independent unit: a seed, or a clip
     *,
@@ -320,7 +320,7 @@ def smallest_p_value(
     check_choice("alternative", alternative, ("two-sided", "less", "greater"))
     return 0.5 ** (check_range("n", n, 1, integer=True) - (alternative == "two-sided"))
 
-# %% ../../nbs/70_evidence/70_statistics.ipynb #6881d9ea
+# %% ../../nbs/70_evidence/70_statistics.ipynb #4b98365a
 def holm(
     p_values: Sequence[float] | Mapping[str, float],  # p-values in [0, 1], a sequence or one a name
 ) -> np.ndarray | dict[str, float]:
