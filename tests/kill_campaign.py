@@ -34,8 +34,9 @@ import tqdm.auto  # noqa: E402, F401
 from fvlm.core import numpy_generator  # noqa: E402
 from fvlm.encoders.embedding_windows import EmbeddingWindows  # noqa: E402
 from fvlm.models.sc_vfp import SCVFP, SCVFPConfig  # noqa: E402
-from fvlm.training.checkpoints import CheckpointError, check_checkpoint, step_folders  # noqa: E402
+from fvlm.training.checkpoints import CheckpointError, check_checkpoint  # noqa: E402
 from fvlm.training.loop import TrainConfig, train  # noqa: E402
+from fvlm.training.run_checkpoints import step_folders  # noqa: E402
 
 
 class Jittered:

@@ -111,7 +111,7 @@ def test_a_published_split_is_kept_and_validation_comes_from_training_groups():
     assert sides == published_split(folder_of(*train, ("t", "test"))) and sides != published_split(folder_of(*train, ("t", "test")), seed=1)
 
 
-@pytest.mark.parametrize("pairs, said", [([("a", "train"), ("a", "test")], "two sides"), ([("a", "train"), ("b", None)], "on no side")])
+@pytest.mark.parametrize("pairs, said", [([("a", "train"), ("a", "test")], "two sides"), ([("a", "train"), ("b", None)], "on no side"), ([("a", "test")], "no training side")])
 def test_a_published_split_that_is_none(pairs, said):
     with pytest.raises(InputError, match=said):
         published_split(folder_of(*pairs))

@@ -12,9 +12,10 @@ from torch import nn
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, generator
 from fvlm.training.batches import EpochBatches, evaluate, evaluating, load_batches
-from fvlm.training.checkpoints import CheckpointError, load_checkpoint, step_folders
+from fvlm.training.checkpoints import CheckpointError, load_checkpoint
 from fvlm.training.loop import train
 from fvlm.training.records import read_record
+from fvlm.training.run_checkpoints import step_folders
 from fvlm.training.steps import AveragedWeights, TrainConfig, TrainingError, first_bad_tensor, learning_rate_factor, parameter_groups
 
 

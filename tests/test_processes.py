@@ -1,6 +1,7 @@
 """Two processes are one process with half the work each: the same weights, every sample once, nobody left waiting."""
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -87,6 +88,22 @@ def test_saved_by_two_goes_on_as_one(alone, together, tmp_path):
     assert 0 < int(middle.name.split("-")[1]) < 24
     model, result = run(tmp_path / "on", resume=middle)
     assert furthest(weights(alone), weights(tmp_path / "on")) < 1e-9 and len(log(tmp_path / "on")) == len(log(alone))
+
+
+def test_stopped_and_gone_on_by_two_is_the_run_of_two(together, tmp_path):
+    """From the middle, with as many processes as before: every bit of log, weights and moments.
+
+    The checkpoint lies where a row of the log ends. Between two rows it holds the steps since the last one as means over processes in float32, and the
+    next row, a mean of means in another order, may differ in its last bits; weights do not depend on the log."""
+    middle = sorted(together.glob("step-*"))[2]
+    (tmp_path / "run").mkdir()
+    shutil.copytree(middle, tmp_path / "run" / middle.name)
+    done = launched(tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == (together / "log.jsonl").read_bytes()
+    last = sorted(together.glob("step-*"))[-1].name
+    for name in ("model", "optimizer", "ema", "state"):
+        assert (tmp_path / "run" / last / f"{name}.safetensors").read_bytes() == (together / last / f"{name}.safetensors").read_bytes(), name
 
 
 def test_a_process_that_dies_does_not_leave_the_other_waiting(tmp_path):

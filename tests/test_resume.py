@@ -19,9 +19,10 @@ from torch import nn
 from fvlm.core import InputError
 from fvlm.training import checkpoints
 from fvlm.training.batches import LoadingError, data_fingerprint, draws_kept, random_states, seed_draws, set_random_states, worker_deaths_named
-from fvlm.training.checkpoints import CheckpointError, CheckpointMismatch, CheckpointWarning, load_checkpoint, only_writer, save_checkpoint, step_folder, step_folders
+from fvlm.training.checkpoints import CheckpointError, CheckpointMismatch, CheckpointWarning, load_checkpoint, save_checkpoint
 from fvlm.training.live_training import LiveTraining
 from fvlm.training.loop import TrainingWarning, train
+from fvlm.training.run_checkpoints import only_writer, step_folder, step_folders
 from fvlm.training.steps import TrainConfig, TrainingError, batch_parts
 
 sys.path.append(str(Path(__file__).parent))
@@ -323,7 +324,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_two_writers_of_one_folder(tmp_path):
-    code = "import sys, time\nfrom fvlm.training.checkpoints import only_writer\nwith only_writer(sys.argv[1]):\n    print('in', flush=True)\n    time.sleep(60)"
+    code = "import sys, time\nfrom fvlm.training.run_checkpoints import only_writer\nwith only_writer(sys.argv[1]):\n    print('in', flush=True)\n    time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "in\n"
@@ -469,6 +470,32 @@ def test_a_watched_training_gives_the_same_bits_and_stops_soon(tmp_path):
     assert result.stopped == "callback" and load_checkpoint(result.last_checkpoint).state["step"] == result.history[-1]["step"]
     with pytest.raises(InputError, match="begun already"):
         long.start()
+
+
+# --- other data --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_windows_that_differ_in_one_row_or_rule_are_other_data(tmp_path, joined):
+    from fvlm.encoders.embedding_windows import EmbeddingWindows
+    from fvlm.models.sc_vfp import SCVFP, SCVFPConfig
+    from fvlm.training.embedding_splits import JoinedWindows
+
+    def windows(row=0.0, **arguments):
+        rows = np.random.default_rng(0).standard_normal((600, 16)).astype("float32")
+        rows[333, 3] += row  # not a row that a sample of a few windows would meet
+        made = EmbeddingWindows([rows], **arguments)
+        return JoinedWindows([made]) if joined else made
+
+    def trained(data, resume=None):
+        return train(SCVFP(SCVFPConfig.preset("tiny"), seed=0), {"train": data}, TrainConfig(steps=2, batch_size=4), out=tmp_path / "run", resume=resume, progress=False, device="cpu")
+
+    trained(windows())
+    for other in (windows(row=0.5), windows(gap=3), windows(ranges=[[(0, 599)]])):
+        with pytest.raises(CheckpointMismatch):
+            trained(other, resume="auto")
+    with pytest.raises(CheckpointMismatch, match="data_fingerprint"):
+        trained(windows(row=0.5), resume="auto")
+    assert trained(windows(), resume="auto").stopped == "done"
 
 
 # --- twice -----------------------------------------------------------------------------------------------------------

@@ -4,20 +4,16 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'CheckpointMismatch', 'CheckpointWarning', 'split_tensors', 'join_tensors', 'save_checkpoint',
-           'check_checkpoint', 'Checkpoint', 'config_difference', 'load_checkpoint', 'step_folder', 'step_folders',
-           'keep_checkpoints', 'newest_good', 'only_writer']
+           'check_checkpoint', 'Checkpoint', 'config_difference', 'load_checkpoint']
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #911db0bb
+# %% ../../nbs/60_training/63_checkpoints.ipynb #c9904f1e
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +24,7 @@ from ..core import InputError
 from ..files import sha256_of, sync_folder, write_json
 from .records import plain_data
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #5fa2d2b5
+# %% ../../nbs/60_training/63_checkpoints.ipynb #5f1ffcd6
 class CheckpointError(InputError):
     "A checkpoint is missing, was changed, or does not belong to what it is loaded into. Nothing was loaded."
 
@@ -40,7 +36,7 @@ class CheckpointMismatch(CheckpointError):
 class CheckpointWarning(UserWarning):
     "A checkpoint was passed over, or was written under other circumstances than these."
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #3ba8e310
+# %% ../../nbs/60_training/63_checkpoints.ipynb #243344cd
 _MARKS = ("__tensor__", "__tuple__", "__items__")
 
 
@@ -90,7 +86,7 @@ def join_tensors(
         return {key: join_tensors(item, tensors) for key, item in tree["__items__"]}
     return {key: join_tensors(item, tensors) for key, item in tree.items()}
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #b62cae53
+# %% ../../nbs/60_training/63_checkpoints.ipynb #5f435e2c
 def _untied(tensors):
     "The tensors to write, contiguous, and {alias: name} for those that are another one under a second name."
     first, kept, tied = {}, {}, {}
@@ -135,7 +131,7 @@ def _remove(path):
     else:
         path.unlink(missing_ok=True)
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #4e37c67a
+# %% ../../nbs/60_training/63_checkpoints.ipynb #b24ba0fe
 def save_checkpoint(
     directory,  # the checkpoint's name; one that is there already is replaced when the new one is whole
     model,  # nn.Module, or its tensors by name
@@ -187,7 +183,7 @@ def save_checkpoint(
         raise CheckpointError(f"{directory}: the checkpoint could not be written ({error}); what was there before is as it was") from error
     return directory
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #09fa38cb
+# %% ../../nbs/60_training/63_checkpoints.ipynb #88b4688f
 _MOST_TEXT = 32 << 20  # bytes of JSON in a checkpoint; a history of a million rows would not fit, and should be a file of its own
 
 
@@ -242,7 +238,7 @@ def check_checkpoint(
             raise CheckpointError(f"{path}: was changed: its sha256 is not the manifest's")
     return {**manifest, "directory": directory}
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #b80d302b
+# %% ../../nbs/60_training/63_checkpoints.ipynb #2ed85e8d
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     "What a checkpoint remembers beside weights."
@@ -331,7 +327,7 @@ def config_difference(
     words = ["absent" if value is _ABSENT else repr(value) for value in (here, there)]
     return [] if type(here) is type(there) and here == there else [f"{place}: {words[0]} here, {words[1]} in the checkpoint"]
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #2e4dfd78
+# %% ../../nbs/60_training/63_checkpoints.ipynb #20ed1504
 def load_checkpoint(
     directory,  # a checkpoint
     model: nn.Module | None = None,  # receives the weights; None to look at state and config only
@@ -387,89 +383,3 @@ def load_checkpoint(
             for name, tensor in ema.items():
                 tensor.copy_(average[name])
     return Checkpoint(directory=directory, state=trees["state"], config=saved, model=manifest["model"])
-
-# %% ../../nbs/60_training/63_checkpoints.ipynb #05a8b848
-def step_folder(
-    folder,  # a run's folder
-    step: int,  # optimizer steps done
-) -> Path:
-    "Where the checkpoint of a step lies."
-    return Path(folder) / f"step-{step:08d}"
-
-
-def step_folders(
-    folder,  # a run's folder
-) -> list[Path]:
-    "Those that are there, the newest first, good or not."
-    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{8,12}", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def keep_checkpoints(
-    folder,  # a run's folder
-    kept,  # paths of step folders
-) -> None:
-    "Removes the run's other step folders; each disappears at once, whatever happens while its files are removed."
-    names = {Path(path).name for path in kept}
-    for path in step_folders(folder):
-        if path.name not in names:
-            gone = path.with_name(f".{path.name}.removed")
-            _remove(gone)
-            os.rename(path, gone)
-            _remove(gone)
-
-
-def newest_good(
-    folder,  # a run's folder
-    load: Callable[[Path], Checkpoint],  # loads one, or raises CheckpointError
-) -> Checkpoint | None:
-    """What `load` returns for the newest checkpoint it accepts, with a warning for each that it passes over; None if there is none at all.
-
-    Raises: CheckpointMismatch if the newest whole one belongs to something else; CheckpointError if there are some and none is good.
-    """
-    reasons = []
-    for path in step_folders(folder):
-        try:
-            if path.is_symlink():
-                raise CheckpointError(f"{path}: a link to elsewhere, expected a directory of this run")
-            found = load(path)
-        except CheckpointMismatch:
-            raise
-        except CheckpointError as error:
-            reasons.append(str(error))
-            continue
-        for reason in reasons:
-            warnings.warn(f"passed over a bad checkpoint: {reason}. Going on from {path.name}", CheckpointWarning, stacklevel=3)
-        return found
-    if reasons:
-        raise CheckpointError(f"{folder}: none of the {len(reasons)} checkpoints is good: {' | '.join(reasons)}")
-    return None
-
-
-@contextmanager
-def only_writer(
-    folder,  # a run's folder, made if need be
-):
-    """Inside, no other process can enter with this folder; what a killed one left half written is removed first.
-
-    Raises: CheckpointError if another process is inside, or the folder cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".writer", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
-    try:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loading processes would inherit it and outlive a killed run
-            except (BlockingIOError, PermissionError) as error:
-                raise CheckpointError(f"{folder}: another process is training into this folder; give this run another one") from error
-        for path in [*folder.glob(".*.part"), *folder.glob(".*.removed")]:
-            _remove(path)
-        yield
-    finally:
-        os.close(handle)

@@ -6,10 +6,11 @@
 __all__ = ['SIDES', 'EmbeddedClip', 'embed_videos', 'with_mirrored', 'embed_world', 'drawn_split', 'published_split',
            'JoinedWindows', 'EmbeddingSplits', 'make_splits']
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #bb485d33
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #bfb7784a
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..data.embedding_cache import EmbeddingCache
 from ..encoders.embedding_windows import EmbeddingWindows, Standardiser
 from ..encoders.extraction import embed_folder
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #1dd46512
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #c8b179ec
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedClip:
     "A clip after the frozen encoder: one row a frame."
@@ -38,7 +39,7 @@ class EmbeddedClip:
         "The rows inside the ranges, (n,D)."
         return self.rows if self.ranges is None else np.concatenate([self.rows[a:b] for a, b in self.ranges])
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #d73c5e4f
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #b60e2605
 def embed_videos(
     folder: VideoFolder,  # the videos, already probed, with their groups and ranges
     embedder,  # a FrameEmbedder
@@ -105,7 +106,7 @@ def embed_world(
         clips.append(EmbeddedClip(name=f"{name}/{i:03d}", group=f"{name}/{i:03d}", rows=rows, source=name))
     return clips
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #67027e0e
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #57e07314
 SIDES = ("train", "val", "test")
 
 
@@ -136,7 +137,7 @@ def drawn_split(
     sides = np.repeat(SIDES, sizes)
     return {names[i]: str(side) for i, side in zip(order, sides)}
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #e272be70
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #a09adadd
 def published_split(
     folder: VideoFolder,  # from items of a data set, each with its split
     *,
@@ -153,13 +154,15 @@ def published_split(
             raise InputError(f"clips: {entry.name} is on no side of the data set's split; expected {', '.join(SIDES)}")
         if sides.setdefault(str(entry.group), entry.split) != entry.split:
             raise InputError(f"clips: group {entry.group} stands on two sides, {sides[str(entry.group)]} and {entry.split}")
+    if "train" not in sides.values():
+        raise InputError(f"clips: the data set's split has no training side, only {', '.join(sorted(set(sides.values())))}; expected clips to train on")
     if "val" not in sides.values():
         share = check_range("validation", validation, 0.0, 0.9)
         training = [group for group, side in sides.items() if side == "train"]
         sides |= drawn_split(training, fractions=(1 - share, share, 0.0), seed=seed)
     return sides
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #75fd295d
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #b14797f8
 class JoinedWindows(Dataset):
     "Several sets of windows as one: the same clips read at different gaps."
 
@@ -209,7 +212,12 @@ class JoinedWindows(Dataset):
         "The rows of all clips, once, (rows,D)."
         return self.parts[0].matrix
 
-# %% ../../nbs/60_training/65_embedding_splits.ipynb #714bc27b
+    @cached_property
+    def fingerprint(self) -> str:
+        "sha256 of the parts' fingerprints, in order; computed once."
+        return hashlib.sha256(" ".join(["JoinedWindows", *(part.fingerprint for part in self.parts)]).encode()).hexdigest()
+
+# %% ../../nbs/60_training/65_embedding_splits.ipynb #d83f876b
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSplits:
     "Train, validation and test windows of the same encoder, standardised with training rows."

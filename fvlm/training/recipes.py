@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'RECIPES', 'EncoderChoice', 'ModelSize', 'SCVFPRecipe', 'sc_vfp', 'sc_vfp_kth', 'sc_vfp_kth_mirrored',
            'sc_vfp_paper', 'load_recipe', 'model_config', 'demo_worlds', 'open_folder', 'open_splits']
 
-# %% ../../nbs/60_training/66_recipes.ipynb #f6b89d95
+# %% ../../nbs/60_training/66_recipes.ipynb #649c8e75
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,9 +27,9 @@ from fvlm.training.embedding_splits import (
     published_split,
     with_mirrored,
 )
-from .loop import TrainConfig
+from .steps import TrainConfig
 
-# %% ../../nbs/60_training/66_recipes.ipynb #f414831e
+# %% ../../nbs/60_training/66_recipes.ipynb #d56742eb
 ARMS = {
     "mhsa_chunked": ("block-diagonal projections: a head sees only its chunk", dict(attention="mhsa_chunked")),
     "mhsa": ("ordinary attention: each head projects the whole embedding to width/heads", dict(attention="mhsa")),
@@ -41,7 +41,7 @@ ARMS = {
     "hybrid": ("a learned gate per block between mhsa and scmhsa", dict(attention="hybrid")),
 }
 
-# %% ../../nbs/60_training/66_recipes.ipynb #9fd7bf60
+# %% ../../nbs/60_training/66_recipes.ipynb #49374d7f
 @dataclass(frozen=True, kw_only=True)
 class EncoderChoice:
     "Which frozen encoder turns a frame into a vector."
@@ -105,7 +105,7 @@ class SCVFPRecipe:
         check_range("step", self.step, low=1, integer=True)
         check_range("gap_jitter", self.gap_jitter, low=0, integer=True)
 
-# %% ../../nbs/60_training/66_recipes.ipynb #3b70d1b4
+# %% ../../nbs/60_training/66_recipes.ipynb #2588939d
 def sc_vfp() -> SCVFPRecipe:
     """SC-VFP for two cores, on any videos.
 
@@ -151,7 +151,7 @@ def load_recipe(
     "The recipe of that name. Raises: ConfigError with the nearest name."
     return RECIPES[check_choice("recipe", name, RECIPES)]()
 
-# %% ../../nbs/60_training/66_recipes.ipynb #63a06c86
+# %% ../../nbs/60_training/66_recipes.ipynb #190e3510
 def model_config(
     recipe: SCVFPRecipe,  # arm and size
     embed_dim: int,  # D of the encoder
@@ -170,7 +170,7 @@ def model_config(
         common["ffn_dim"] = size.ffn_dim + round(extra / (2 * width + 1))
     return SCVFPConfig(**common, **fields)
 
-# %% ../../nbs/60_training/66_recipes.ipynb #6b970c57
+# %% ../../nbs/60_training/66_recipes.ipynb #a805f372
 def demo_worlds() -> dict:
     "The generated worlds of the demo, by name: digits that bounce, and large fast sprites with a distractor."
     return {
@@ -203,7 +203,8 @@ def open_folder(
     if not place.is_dir():
         raise InputError(f"videos: got {recipe.videos!r}, expected 'samples', 'worlds', 'samples+worlds', 'kth' or an existing folder")
     if card is not None:
-        items = open_dataset(card, place, protocol=recipe.protocol, annotations=lists).items
+        found = open_dataset(card, place, protocol=recipe.protocol, annotations=lists)
+        items = [item for item in found.items if found.protocol is None or item.split is not None]  # published splits may leave clips out
         return VideoFolder.from_items(items if recipe.person_frames else [replace(item, ranges=None) for item in items], **windows)
     return VideoFolder(recipe.videos, group=recipe.group, **windows)
 
@@ -227,7 +228,7 @@ def open_splits(
     if recipe.videos in ("worlds", "samples+worlds"):
         for name, world in demo_worlds().items():
             clips += embed_world(world, name, embedder, cache, progress=progress)
-    published = folder is not None and (recipe.card is not None or recipe.videos == "kth")
+    published = folder is not None and any(entry.split is not None for entry in folder.clips)
     rule = (published_split(folder, seed=recipe.split_seed) if published else drawn_split([c.group for c in clips], seed=recipe.split_seed)).__getitem__
     if recipe.videos == "samples+worlds":  # a real clip on every side: only real clips say something about real clips
         real = {c.group: side for c, side in zip(clips, ("train", "val", "test"))}
