@@ -104,6 +104,18 @@ def test_train_takes_a_recipe_first():
     assert TrainCommand.chosen(["sc_vfp_paper", "--arm", "mhsa"])[0].recipe.size.depth == 6
 
 
+@pytest.mark.parametrize("words, said", [
+    (["--videos", "wurlds"], "did you mean 'worlds'"), (["--videos", "worlds", "--resume", "atuo"], "expected 'auto'"), (["--videos", "worlds", "--card", "ktth"], "kth")])
+def test_typos_are_told_before_anything_is_loaded(words, said, monkeypatch, capsys, tmp_path):
+    from fvlm.app.cli import main
+    from fvlm.training.recipes import EncoderChoice
+
+    monkeypatch.setattr(EncoderChoice, "load", lambda *args, **named: pytest.fail("the encoder was loaded first"))
+    assert main(["train", "sc_vfp", *words, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
 def test_studies_name_real_arms():
     for study in STUDIES.values():
         assert set(study.arms) <= set(ARMS) and len(study.seeds) >= 5 and study.settings()
@@ -131,6 +143,8 @@ def test_train_evaluate_predict_by_command(wheel_file, folder, tmp_path, capsys)
     whole = [*["train", "sc_vfp", "--videos", str(folder), "--no-progress", "--json"], *small, "--training.save-every", "3"]
     assert main([*whole, "--out", str(half)]) == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main([*whole, "--out", str(half)]) == 2  # a finished run is not trained over by a forgotten option
+    assert "holds a finished run" in capsys.readouterr().err
     shutil.rmtree(half / "step-00000006")
     assert main([*whole, "--out", str(half), "--resume", "auto"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first

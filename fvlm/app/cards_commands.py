@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Look', 'look_at', 'compare', 'CheckReport', 'check_dataset', 'described', 'CardsCommand']
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #37088422
+# %% ../../nbs/90_app/96_cards_commands.ipynb #61a6eeff
 import hashlib
 import json
 import re
@@ -24,7 +24,7 @@ from ..data.dataset import Dataset, open_dataset, read_item
 from ..files import read_json, sha256_of, write_json
 from ..item_facts import PROBLEMS, DatasetItem, DatasetProblem
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #84b641b4
+# %% ../../nbs/90_app/96_cards_commands.ipynb #91f7430f
 @dataclass(frozen=True, kw_only=True)
 class Look:
     "What one item turned out to be."
@@ -70,7 +70,7 @@ def _chosen(frames: int, decode: str) -> list[int]:
     "Which frames to decode."
     return list(range(frames)) if decode == "all" else sorted({0, frames // 2, frames - 1}) if decode == "ends" else []
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #9fea5476
+# %% ../../nbs/90_app/96_cards_commands.ipynb #dcc775b4
 def _look_at_film(item: DatasetItem, decode: str) -> dict:
     "Facts of a video file or an array. Raises: VideoError."
     from fvlm.data.video import probe, read_clip
@@ -105,7 +105,7 @@ def _look_at_pictures(item: DatasetItem, decode: str) -> dict:
     (width, height), = sizes
     return {"frames": len(files), "width": width, "height": height}
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #c1ebfeba
+# %% ../../nbs/90_app/96_cards_commands.ipynb #3dda2567
 def compare(
     card: Card,  # what is expected
     item: DatasetItem,  # which item
@@ -133,7 +133,7 @@ def compare(
             differ("wrong frames", look.frames, f"at least {last}, by its {name}")
     return found
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #f6f314a1
+# %% ../../nbs/90_app/96_cards_commands.ipynb #8ee34cf3
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
     "What `check_dataset` found."
@@ -196,7 +196,7 @@ def _examples(problems: list[DatasetProblem]) -> str:
     shown = [f"{p.name[:70]}{f' ({p.detail[:150]})' if p.detail and p.kind != 'missing' else ''}" for p in problems[:3 if problems[0].kind in ('missing', 'extra', 'unmatched', 'no side') else 2]]
     return "; ".join([*shown, *([f"... {len(problems) - len(shown):,} more"] if len(problems) > len(shown) else [])])
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #ca784c91
+# %% ../../nbs/90_app/96_cards_commands.ipynb #6f5e77fa
 def check_dataset(
     card,  # a card, its name, or the path of a card
     root=None,  # the folder of the copy; None for generated worlds and for files of `fvlm weights get`
@@ -289,7 +289,7 @@ def _known_files(data: Dataset) -> list[DatasetProblem]:
             problems.append(DatasetProblem(kind="wrong hash", name=path.name, detail=f"sha256 {came[:12]}..., expected {known.sha256[:12]}..."))
     return problems
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #5990b866
+# %% ../../nbs/90_app/96_cards_commands.ipynb #27e96ce9
 def described(
     card: Card,  # any card
 ) -> str:
@@ -299,7 +299,7 @@ def described(
     if rules.layout:
         lines += [rules.layout.tree.rstrip(), ""]
     facts = {"items": media.items, "labels": media.labels, "frames a second": media.fps and " or ".join(f"{r:g}" for r in media.fps),
-             "sizes": media.sizes and " or ".join(f"{w} x {h}" for w, h in media.sizes), "frames": media.frames and " to ".join(map(str, media.frames)), "colour": media.colour}
+             "sizes": media.sizes and " or ".join(f"{w} x {h}" for w, h in media.sizes), "frames": media.frames and " to ".join(map(str, media.frames)), "pictures in": media.colour}
     lines += [f"{name}: {'unknown' if value is None else f'{value:,}' if isinstance(value, int) else value}" for name, value in facts.items()]
     for name, protocol in rules.splits.protocols.items():
         lines += ["", f"split {name}{' (default)' if name == rules.splits.default else ''}: {protocol.what}", f"  source: {protocol.source}; never across: {protocol.never_across}"]
@@ -308,11 +308,11 @@ def described(
         lines += ["", "lists and labels:", *(f"  {note.name}: {note.what} ({', '.join(g.removeprefix('**/') for g in note.files)})" for note in rules.annotations)]
     lines += ["", "how papers prepare it:"]
     for way in rules.preprocessing:
-        said = {"size": way.size and f"{way.size[1]} x {way.size[0]}", "colour": way.colour, "frame gap": way.frame_gap, "context": way.context_frames, "future": way.future_frames}
+        said = {"size": way.size and f"{way.size[1]} x {way.size[0]}", "in": way.colour, "frame gap": way.frame_gap, "context": way.context_frames, "future": way.future_frames}
         lines.append(f"  {way.source}: " + ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in said.items()) + (f"; {way.note}" if way.note else ""))
     return "\n".join([*lines, "", card.body])
 
-# %% ../../nbs/90_app/96_cards_commands.ipynb #336cc531
+# %% ../../nbs/90_app/96_cards_commands.ipynb #3728ee0c
 _WORDS = {"list": (0, 0, "nothing"), "show": (1, 1, "the NAME of a card"), "check": (1, 2, "the NAME of a card and the folder of a copy"), "schema": (0, 0, "nothing")}
 
 

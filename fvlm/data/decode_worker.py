@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PULSE', 'STILL_SECONDS', 'LOOK_SECONDS', 'START_SECONDS', 'serve', 'DecodeWorker', 'own_worker']
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #025acd5b
+# %% ../../nbs/10_data/13_decode_worker.ipynb #7b6e3ffd
 import json
 import mmap
 import os
@@ -25,7 +25,7 @@ import fvlm
 from ..core import ConfigError, VideoError, check_range
 from .frame_readers import BLOCK, BLOCK_BYTES, Reading, Sink, Wanted, Watch, checked_path, describe, read_frames
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #0867f541
+# %% ../../nbs/10_data/13_decode_worker.ipynb #7bf08c7f
 class _Ring(Sink):
     "The child's end of the shared memory."
 
@@ -77,7 +77,7 @@ class _Ring(Sink):
             self.acknowledged()
             self.pending -= 1
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #61a6fb78
+# %% ../../nbs/10_data/13_decode_worker.ipynb #b823e610
 PULSE = 0.25  # seconds between two signs of life
 
 
@@ -104,7 +104,7 @@ class _Reporter(Watch):
         os.lseek(2, 0, os.SEEK_SET)
         return [line for line in text.splitlines() if line.strip() and "Last message repeated" not in line]
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #73dec49c
+# %% ../../nbs/10_data/13_decode_worker.ipynb #253f0c92
 def _lines(handle: int, parent: int):
     "Lines from the parent, until it closes the pipe or is no more."
     buffer = b""
@@ -177,7 +177,7 @@ def _answer(request: dict, ring: _Ring, watch: _Reporter) -> dict:
     finally:
         ring.drain() if ring.slots or ring.pending else None
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #47004a7f
+# %% ../../nbs/10_data/13_decode_worker.ipynb #0a841ad4
 STILL_SECONDS = 3.0  # a child whose threads all sleep and use no processor for so long will not wake up
 LOOK_SECONDS = 0.05  # between two looks at the memory of a busy child
 START_SECONDS = 60.0  # for the child to import numpy and the readers, on a machine however busy
@@ -208,7 +208,7 @@ def _ended(process: subprocess.Popen, handles) -> None:
     for handle in handles:
         os.close(handle)
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #b9b32edc
+# %% ../../nbs/10_data/13_decode_worker.ipynb #47813899
 class DecodeWorker:
     "Reads frames in a child process that is killed when it takes too long or too much memory. Safe under threads, fork and spawn."
 
@@ -436,7 +436,7 @@ def _reading(done: dict, first: str | None = None) -> Reading:
     notes = tuple(done["notes"])
     return Reading(np.asarray(done["indices"], np.int64), np.asarray(done["timestamps"], np.float64), done["backend"], notes if first is None else (first, *notes))
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #60cef09e
+# %% ../../nbs/10_data/13_decode_worker.ipynb #54cd9403
 _OWN: dict[int, DecodeWorker] = {}
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE', 'SHARES', 'WITH_TEST_FILE', 'DigitBank', 'digit_bank', 'stopped_at_walls', 'MovingMNIST', 'FixedMovingMNIST']
 
-# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #7684d600
+# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #be2db61f
 import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..core import ConfigError, InputError, check_choice, check_range, numpy_gen
 from .sprites import article, digit_sprite, handwritten_digits, listed, motion_phrase, object_flow
 from .worlds import World
 
-# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #13ba3433
+# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #138440b4
 SIDE = 28  # pixels of a digit's square
 SHARES = {"train": (0.0, 0.7), "val": (0.7, 0.85), "test": (0.85, 1.0)}  # of a single file of digits
 WITH_TEST_FILE = {"train": (0.0, 0.9), "val": (0.9, 1.0), "test": (0.0, 1.0)}  # of the training file, and of the test file
@@ -70,7 +70,7 @@ def _enlarged_digits() -> tuple[np.ndarray, np.ndarray]:
         image[y : y + ink.shape[0], x : x + ink.shape[1]] = (ink * 255 + 0.5).astype(np.uint8)
     return images, labels
 
-# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #bdf649f3
+# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #c7c8296b
 def _find(folder: Path, part: str) -> Path | None:
     "The file of a part in a folder of MNIST; None if there is no test file. Raises: InputError if there is no training file."
     stem = {"train": "train", "test": "t10k"}[part]
@@ -109,7 +109,7 @@ def _read_idx(path: Path) -> np.ndarray:
         raise ValueError("not in the idx format, or cut short")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
-# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #417707e6
+# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #31eabea6
 def stopped_at_walls(
     start: np.ndarray,  # (K,2) corners before the first step, x then y, in rooms: 0..1
     velocity: np.ndarray,  # (K,2) rooms a frame
@@ -127,7 +127,7 @@ def stopped_at_walls(
         path[t] = position.clip(0, 1, out=position)
     return path
 
-# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #3aa58cce
+# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #4d927a84
 @dataclass(frozen=True, kw_only=True)
 class MovingMNIST(World):
     """Moving-MNIST by the rule of Srivastava et al. (2015): two digits of 28 pixels in a frame of 64, 20 frames, of which 10 are usually shown.
@@ -185,7 +185,7 @@ def _brightest(images, corners, size: int) -> tuple[np.ndarray, np.ndarray]:
     masks = (layers.argmax(1)[:, None] == np.arange(len(images))[:, None, None]) & (grey > 0)[:, None]
     return np.repeat(grey[..., None], 3, -1), masks
 
-# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #20b021e2
+# %% ../../nbs/05_worlds/07_moving_mnist.ipynb #3898294a
 class FixedMovingMNIST(Sequence):
     "The sequences of a file like `mnist_test_seq.npy`: item i is a dict of `frames` uint8 (T,H,W,3) and `name`. Only what is asked for is read."
 

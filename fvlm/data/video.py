@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Clip', 'decode', 'read_clip', 'VideoInfo', 'probe']
 
-# %% ../../nbs/10_data/14_video.ipynb #90497f24
+# %% ../../nbs/10_data/14_video.ipynb #e17b3ccc
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .decode_worker import DecodeWorker, own_worker
 from .frame_readers import BACKENDS, VIDEO_SUFFIXES, Sink, Wanted, checked_path, describe, frame_indices, read_frames, wanted_frames
 from .still_frames import describe_stills, is_still, read_stills
 
-# %% ../../nbs/10_data/14_video.ipynb #bf179277
+# %% ../../nbs/10_data/14_video.ipynb #3faf2daf
 def _checked_size(size) -> tuple[int, int] | None:
     "Height and width to resize to, or None."
     if size is None:
@@ -37,7 +37,7 @@ def _resized(frames: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor
     moved = frames.permute(0, 3, 1, 2)  # channels-last in memory: torch has a fast uint8 path for exactly this
     return torch.nn.functional.interpolate(moved, size=size, mode="bilinear", antialias=True).permute(0, 2, 3, 1).contiguous()
 
-# %% ../../nbs/10_data/14_video.ipynb #ee6762ed
+# %% ../../nbs/10_data/14_video.ipynb #695d47d8
 class _Film(Sink):
     "Frames as one tensor, resized."
 
@@ -78,7 +78,7 @@ def _free_bytes() -> float:
     except (OSError, StopIteration):
         return float("inf")
 
-# %% ../../nbs/10_data/14_video.ipynb #4b661885
+# %% ../../nbs/10_data/14_video.ipynb #b5c47ea0
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     "Decoded frames and where they came from."
@@ -140,7 +140,7 @@ def _worker(isolated) -> DecodeWorker:
         raise InputError(f"isolated: got {isolated!r}, expected True, False or a DecodeWorker")
     return own_worker() if isolated is True else isolated
 
-# %% ../../nbs/10_data/14_video.ipynb #94e70f6d
+# %% ../../nbs/10_data/14_video.ipynb #c2d84770
 def read_clip(
     path,  # a video file, a folder of pictures, file.npy, or file.npy#item
     indices=None,  # frame indices >= 0, in any order; default all frames
@@ -159,7 +159,7 @@ def read_clip(
     """
     return decode(path, indices, fps=fps, stride=stride, size=size, backend=backend, pad=pad, native_fps=native_fps, isolated=isolated).frames
 
-# %% ../../nbs/10_data/14_video.ipynb #4f2abb1a
+# %% ../../nbs/10_data/14_video.ipynb #c0acafa6
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
     "What a file holds, found without decoding more than its first frames."

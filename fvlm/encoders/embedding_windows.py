@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['Standardiser', 'EmbeddingWindows']
 
-# %% ../../nbs/20_encoders/23_embedding_windows.ipynb #c41ad925
+# %% ../../nbs/20_encoders/23_embedding_windows.ipynb #79347237
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch.utils.data import Dataset
 from ..core import InputError, NonFiniteError, ShapeError, check_choice, check_range
 from ..frame_windows import window_starts
 
-# %% ../../nbs/20_encoders/23_embedding_windows.ipynb #a195773d
+# %% ../../nbs/20_encoders/23_embedding_windows.ipynb #0034266a
 @dataclass(frozen=True)
 class Standardiser:
     "Per-dimension mean and standard deviation, fitted on training rows and on nothing else."
@@ -89,7 +91,7 @@ def _rows(rows, name: str, dim: int | None) -> Tensor:
         raise ShapeError(f"{name}: expected an array (N, {dim or 'D'}) with N > 0, got shape {tuple(rows.shape)}")
     return rows.detach().float()
 
-# %% ../../nbs/20_encoders/23_embedding_windows.ipynb #843f1104
+# %% ../../nbs/20_encoders/23_embedding_windows.ipynb #e09a367c
 class EmbeddingWindows(Dataset):
     "Every window of M context embeddings and one target over a list of clips; an item is a dict, a batch is one gather."
 
@@ -181,3 +183,12 @@ class EmbeddingWindows(Dataset):
     def targets(self) -> Tensor:
         "All targets, (n,D)."
         return self._standardised(self.matrix[self._rows + self._offsets[-1]].float()) if self.dtype != torch.float32 else self.matrix[self._rows + self._offsets[-1]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        "sha256 of rows, windows (and so of ranges and step), gap, context and standardiser; computed once. Equal ones give equal batches."
+        digest = hashlib.sha256(f"EmbeddingWindows {self.context_frames} {self.gap} {self.dtype} {tuple(self.matrix.shape)} {len(self)}".encode())
+        units = () if self.standardiser is None else (self.standardiser.mean, self.standardiser.std)
+        for tensor in (self.matrix, self.clip_offsets, self.clip_of_window, self.starts, *units):
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+        return digest.hexdigest()

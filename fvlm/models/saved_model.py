@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StrictlySaved']
 
-# %% ../../nbs/50_models/51_saved_model.ipynb #4a55b531
+# %% ../../nbs/50_models/51_saved_model.ipynb #e25d1160
 import dataclasses
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core import WeightsError
 from ..files import read_json, write_json, written_whole
 
-# %% ../../nbs/50_models/51_saved_model.ipynb #55d8f676
+# %% ../../nbs/50_models/51_saved_model.ipynb #c14ce808
 class StrictlySaved(PyTorchModelHubMixin, library_name="fvlm", license="apache-2.0"):
     "save_pretrained and from_pretrained for `cls(config, **parts)`: config.json and model.safetensors, checked key by key."
 
