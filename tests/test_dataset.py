@@ -747,7 +747,7 @@ def test_train_by_a_card_on_the_command_line(small_ucf101, tmp_path, monkeypatch
     assert main([*words, "--protocol", "official_1"]) == 0
     told = capsys.readouterr().out
     assert re.search(r"set aside \S*v_YoYo_g25_c02\.avi: ", told) and "ridge" in told and "scmhsa" in told
-    assert main([*words, "--protocol", "official_9"]) == 2
+    assert main([*words, "--overwrite", "--protocol", "official_9"]) == 2
     assert "did you mean 'official_" in capsys.readouterr().err
     assert main([*words[:5], "ucf102", *words[6:]]) == 2
     assert "did you mean 'ucf101'" in capsys.readouterr().err
