@@ -23,6 +23,8 @@ _NAMES = {
         "encoders.embeddings": "FrameEmbedder",
         "blocks.self_attention": "MHSA",
         "blocks.scmhsa": "SCMHSA FoldedSCMHSA",
+        "blocks.residual_quantizer": "HierarchicalResidualQuantizer",
+        "blocks.prediction_heads": "FiLMHead SpatialFiLMHead MLPHead CrossAttentionHead SpatialTransformerHead",
         "objectives.losses": "semantic_similarity_loss",
         "models.baselines": "CopyLast LinearExtrapolation RidgeRegression",
         "models.sc_vfp": "SCVFP SCVFPConfig",

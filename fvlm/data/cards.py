@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'LICENCES', 'CardError', 'ItemRule', 'Expected', 'KnownFile', 'Layout', 'GeneratedWorlds', 'MediaFacts',
            'Preprocessing', 'Rules', 'FrontMatter', 'Card', 'parse_card', 'list_cards', 'load_card', 'card_schema']
 
-# %% ../../nbs/10_data/15_cards.ipynb #1226b95e
+# %% ../../nbs/10_data/15_cards.ipynb #c9237b85
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from ..core import ConfigError
 from ..item_facts import Protocol, Splits, check_protocol
 from ..strict_yaml import built, front_matter, nearest, schema_of
 
-# %% ../../nbs/10_data/15_cards.ipynb #1156a952
+# %% ../../nbs/10_data/15_cards.ipynb #eec807f2
 class CardError(ConfigError):
     "A data card is not as it should be. The message names the card and the dotted path."
 
@@ -52,7 +52,7 @@ class KnownFile:
     bytes: int | None = None  # exact size, where known
     required: bool = False  # is a copy without it broken?
 
-# %% ../../nbs/10_data/15_cards.ipynb #ed44022a
+# %% ../../nbs/10_data/15_cards.ipynb #53b34bc2
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     "Where files lie and how they are read."
@@ -72,7 +72,7 @@ class GeneratedWorlds:
     worlds: tuple[str, ...]  # classes of fvlm.data.worlds
     seeds: tuple[int, ...]  # one item for each world and seed
 
-# %% ../../nbs/10_data/15_cards.ipynb #56f82768
+# %% ../../nbs/10_data/15_cards.ipynb #98567169
 @dataclass(frozen=True, kw_only=True)
 class MediaFacts:
     "What the files are, as far as it is known; null where it is not. `fvlm cards check` compares."
@@ -97,7 +97,7 @@ class Preprocessing:
     future_frames: int | None  # predicted
     note: str | None = None  # anything else
 
-# %% ../../nbs/10_data/15_cards.ipynb #bbefd14a
+# %% ../../nbs/10_data/15_cards.ipynb #384c871b
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     "The `fvlm:` block of a card."
@@ -159,10 +159,10 @@ class Card:
         known = self.rules.splits.protocols
         name = name or self.rules.splits.default
         if name not in known:
-            raise CardError(f"{self.path.name}: protocol: got {name!r}, expected {'one of ' + ', '.join(map(repr, known)) if known else 'none: the dataset has no split'}{nearest(str(name), known)}")
+            raise CardError(f"{self.path.name}: protocol: got {name!r}, expected {'one of ' + ', '.join(map(repr, known)) if known else 'nothing here: this dataset has no split'}{nearest(str(name), known)}")
         return known[name]
 
-# %% ../../nbs/10_data/15_cards.ipynb #d2e0c26c
+# %% ../../nbs/10_data/15_cards.ipynb #d3f46b63
 _LARGEST = 256_000  # bytes of a card; the longest of ours is a tenth of it
 
 
@@ -185,7 +185,7 @@ def parse_card(
     except ConfigError as error:
         raise CardError(f"{path.name}: {error}") from error
 
-# %% ../../nbs/10_data/15_cards.ipynb #cc3336f6
+# %% ../../nbs/10_data/15_cards.ipynb #2e8071e1
 def _check_rules(rules: Rules) -> None:
     "Nothing, if the block makes sense. Raises: CardError that begins with the dotted path."
     facts = {"world", "seed", "group"} if rules.generated else set()
@@ -222,7 +222,7 @@ def _check_layout(layout: Layout) -> set[str]:
         check_template(expected.key, set(expected.facts), f"fvlm.layout.expected.{i}.key")
     return facts
 
-# %% ../../nbs/10_data/15_cards.ipynb #f1d50b51
+# %% ../../nbs/10_data/15_cards.ipynb #89e1b778
 def _card_folders() -> list[Path]:
     "Where cards are looked for, in order."
     package = Path(fvlm.__file__).resolve().parent
@@ -257,7 +257,7 @@ def load_card(
         raise CardError(f"{path.name}: is {size:,} bytes, expected at most {_LARGEST:,}")
     return parse_card(text, path)
 
-# %% ../../nbs/10_data/15_cards.ipynb #8f23d8ac
+# %% ../../nbs/10_data/15_cards.ipynb #9498e7a5
 def card_schema() -> dict:
     "A JSON schema of the front matter, derived from `FrontMatter`."
     return schema_of(FrontMatter, "fvlm data card, front matter")

@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'RECIPES', 'NAMED_VIDEOS', 'EncoderChoice', 'ModelSize', 'SCV
            'sc_vfp_kth_mirrored', 'sc_vfp_paper', 'load_recipe', 'model_config', 'demo_worlds', 'check_videos',
            'open_folder', 'open_splits']
 
-# %% ../../nbs/60_training/66_recipes.ipynb #bfb15189
+# %% ../../nbs/60_training/66_recipes.ipynb #ca28357b
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,7 +32,7 @@ from fvlm.training.embedding_splits import (
 )
 from .steps import TrainConfig
 
-# %% ../../nbs/60_training/66_recipes.ipynb #094e28f0
+# %% ../../nbs/60_training/66_recipes.ipynb #0ed2fd5c
 ARMS = {
     "mhsa_chunked": ("block-diagonal projections: a head sees only its chunk", dict(attention="mhsa_chunked")),
     "mhsa": ("ordinary attention: each head projects the whole embedding to width/heads", dict(attention="mhsa")),
@@ -44,7 +44,7 @@ ARMS = {
     "hybrid": ("a learned gate per block between mhsa and scmhsa", dict(attention="hybrid")),
 }
 
-# %% ../../nbs/60_training/66_recipes.ipynb #3c53163f
+# %% ../../nbs/60_training/66_recipes.ipynb #63c3a0d6
 @dataclass(frozen=True, kw_only=True)
 class EncoderChoice:
     "Which frozen encoder turns a frame into a vector."
@@ -108,7 +108,7 @@ class SCVFPRecipe:
         check_range("step", self.step, low=1, integer=True)
         check_range("gap_jitter", self.gap_jitter, low=0, integer=True)
 
-# %% ../../nbs/60_training/66_recipes.ipynb #328490f7
+# %% ../../nbs/60_training/66_recipes.ipynb #7715ded9
 def sc_vfp() -> SCVFPRecipe:
     """SC-VFP for two cores, on any videos.
 
@@ -154,7 +154,7 @@ def load_recipe(
     "The recipe of that name. Raises: ConfigError with the nearest name."
     return RECIPES[check_choice("recipe", name, RECIPES)]()
 
-# %% ../../nbs/60_training/66_recipes.ipynb #431b62a2
+# %% ../../nbs/60_training/66_recipes.ipynb #127495d4
 def model_config(
     recipe: SCVFPRecipe,  # arm and size
     embed_dim: int,  # D of the encoder
@@ -173,7 +173,7 @@ def model_config(
         common["ffn_dim"] = size.ffn_dim + round(extra / (2 * width + 1))
     return SCVFPConfig(**common, **fields)
 
-# %% ../../nbs/60_training/66_recipes.ipynb #7fb293ec
+# %% ../../nbs/60_training/66_recipes.ipynb #be849d4e
 def demo_worlds() -> dict:
     "The generated worlds of the demo, by name: digits that bounce, and large fast sprites with a distractor."
     return {
@@ -190,7 +190,9 @@ def check_videos(
 ) -> None:
     "Nothing, when its videos are a known name or a folder. Raises: InputError with the nearest name; CardError for an unknown card."
     if recipe.card is not None:
-        load_card(recipe.card).protocol(recipe.protocol)
+        card = load_card(recipe.card)
+        if recipe.protocol is not None:
+            card.protocol(recipe.protocol)
     if recipe.videos not in NAMED_VIDEOS and not Path(recipe.videos).is_dir():
         near = get_close_matches(recipe.videos, NAMED_VIDEOS, n=1)
         raise InputError(f"videos: got {recipe.videos!r}, expected {', '.join(map(repr, NAMED_VIDEOS))} or an existing folder" + (f"; did you mean {near[0]!r}?" if near else ""))
