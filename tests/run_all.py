@@ -115,7 +115,7 @@ def readme():
 def notebooks():
     "Every notebook runs top to bottom."
     if run("nbdev-test", "--n-workers", WORKERS, "--timing"):
-        raise Failed("run the notebook named above in JupyterLab (make lab), or: nbdev-test --path nbs/FOLDER/NOTEBOOK.ipynb")
+        raise Failed("run the notebook named above in JupyterLab (make lab), or: nbdev-test nbs/FOLDER/NOTEBOOK.ipynb")
 
 
 def pytest():

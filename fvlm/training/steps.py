@@ -6,7 +6,7 @@
 __all__ = ['TrainingError', 'TrainConfig', 'learning_rate_factor', 'parameter_groups', 'AveragedWeights', 'batch_parts',
            'first_bad_tensor', 'accelerated', 'first_interrupt_noted']
 
-# %% ../../nbs/60_training/61_steps.ipynb #b1436cb7
+# %% ../../nbs/60_training/61_steps.ipynb #f62cbd87
 import math
 import signal
 import threading
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, check_choice, check_range
 
-# %% ../../nbs/60_training/61_steps.ipynb #4d2f7904
+# %% ../../nbs/60_training/61_steps.ipynb #a8db3bf2
 class TrainingError(RuntimeError):
     "Training cannot go on: the message names step, tensor and samples. The weights are those before the bad step."
 
-# %% ../../nbs/60_training/61_steps.ipynb #26555658
+# %% ../../nbs/60_training/61_steps.ipynb #7511f18d
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Give the length as `epochs` or as `steps`."
@@ -75,7 +75,7 @@ class TrainConfig:
                 raise ConfigError(f"learning_rates: got {self.learning_rates!r}, expected a dict: beginning of a parameter's name -> factor")
             object.__setattr__(self, "learning_rates", {name: check_range(f"learning_rates[{name!r}]", factor, 0) for name, factor in self.learning_rates.items()})
 
-# %% ../../nbs/60_training/61_steps.ipynb #5bdac2da
+# %% ../../nbs/60_training/61_steps.ipynb #7e0b8128
 def learning_rate_factor(
     step: int,  # from 0
     steps: int,  # of the whole run
@@ -120,7 +120,7 @@ def parameter_groups(
         raise ConfigError(f"learning_rates: {idle[0]!r} is the beginning of no trained parameter's name, expected e.g. {next(iter(groups.values()))['names'][0].split('.')[0]!r}")
     return list(groups.values())
 
-# %% ../../nbs/60_training/61_steps.ipynb #77af1ede
+# %% ../../nbs/60_training/61_steps.ipynb #7ee986be
 class AveragedWeights:
     "An exponential moving average of a model's trained parameters."
 
@@ -152,7 +152,7 @@ class AveragedWeights:
             finally:
                 torch._foreach_copy_(self.parameters, own)
 
-# %% ../../nbs/60_training/61_steps.ipynb #7cfbe835
+# %% ../../nbs/60_training/61_steps.ipynb #30e9de2a
 def batch_parts(
     batch: Mapping,  # tensors and lists of one entry a sample are divided, anything else goes to every part
     indices: Tensor,  # (B,) the samples' places in the data set
@@ -169,7 +169,7 @@ def batch_parts(
         yield {name: value[first:last] if divided[name] else value for name, value in batch.items()}, len(some) / size
         first = last
 
-# %% ../../nbs/60_training/61_steps.ipynb #c58c85a1
+# %% ../../nbs/60_training/61_steps.ipynb #ae262d43
 def first_bad_tensor(
     batch: Mapping,  # the inputs
     terms: Mapping,  # the loss terms
@@ -199,7 +199,7 @@ def first_bad_tensor(
             return f"the gradient of parameter {name!r} holds NaN or Inf although every loss term is finite"
     return "the norm of the gradient overflowed although every gradient is finite"
 
-# %% ../../nbs/60_training/61_steps.ipynb #9bfb9a08
+# %% ../../nbs/60_training/61_steps.ipynb #7070df2a
 @contextmanager
 def accelerated(
     device: str,  # "auto", "cpu" or "cuda"
