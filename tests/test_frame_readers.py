@@ -118,14 +118,30 @@ def test_the_allowance_grows_with_honest_work_and_not_with_claims():
     assert FileFacts(**facts, height=16000, width=16000, bytes=10**4).decoding_seconds(np.arange(1000)) <= 0.2
 
 
+def flagged(place):
+    "Numbers of the frames that a plain pass of the decoder marks as corrupt; none when it gives up."
+    import av
+
+    try:
+        with av.open(str(place)) as container:
+            return [k for k, frame in enumerate(container.decode(video=0)) if frame.is_corrupt]
+    except av.error.FFmpegError:
+        return []
+
+
 def test_corrupt_frames_and_what_is_built_on_them(tmp_path):
     place = tmp_path / "film.mp4"
-    data = bytearray(write(place, film(6), options={"g": "24", "bf": "0", "preset": "veryfast"}).read_bytes())
-    start = len(data) // 2
-    data[start : start + 16] = bytes(byte ^ 0x5A for byte in data[start : start + 16])
-    place.write_bytes(data)
-    reading, doubts = read_pyav(str(place), wanted_frames([23]), Shelf())  # the last frame alone: the damage lies before it
-    assert any("builds 1 frames on corrupt ones" in doubt or "corrupt" in doubt for doubt in doubts) and reading.indices.tolist() == [23]
+    whole = write(place, film(6), options={"g": "24", "bf": "0", "preset": "veryfast"}).read_bytes()
+    seen = 0
+    for start in range(len(whole) // 4, 3 * len(whole) // 4, len(whole) // 24):  # where the damage shows depends on the encoder's version
+        data = bytearray(whole)
+        data[start : start + 16] = bytes(byte ^ 0x5A for byte in data[start : start + 16])
+        place.write_bytes(data)
+        if flagged(place) and min(flagged(place)) < 23:
+            seen += 1
+            reading, doubts = read_pyav(str(place), wanted_frames([23]), Shelf())  # the last frame alone: the damage lies before it
+            assert any("corrupt" in doubt for doubt in doubts) and reading.indices.tolist() == [23], (start, doubts)
+    assert seen, "no damage that the decoder marks: nothing was shown"
 
 
 def test_padding_is_named():
