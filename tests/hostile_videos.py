@@ -55,6 +55,20 @@ def write(path, frames, codec="libx264", pixel_format="yuv420p", options=None, v
     return Path(path)
 
 
+def write_sound(path):
+    "Write a file with sound and no picture."
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        for k in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, k * 1024
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
 def film(seed, num_frames=24, size=64):
     "uint8 (T,H,W,3): a generated world that never stands still."
     from fvlm.data.worlds import PhotoPan
@@ -215,13 +229,7 @@ def dirty_files(folder, made: dict[str, bytes]) -> dict[str, tuple[Path, str]]:
     with wave.open(str(add("wave.avi")), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
-    with av.open(str(add("sound_only.mp4")), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
-        for k in range(20):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 44100, k * 1024
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    write_sound(add("sound_only.mp4"))
     # places that are no files
     add("folder.mp4").mkdir()
     add("dangling.mp4").symlink_to(folder / "nowhere")

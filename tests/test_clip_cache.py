@@ -3,9 +3,7 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
-import textwrap
 import warnings
 
 import numpy as np
@@ -18,6 +16,7 @@ from fvlm.data import clip_cache
 from fvlm.data.clip_cache import ClipCache
 from fvlm.data.clips import VideoFolder
 from fvlm.data.video import decode, read_clip
+from tests.peak_memory import check_peak_is_flat
 
 
 def write(path, count=40, size=(32, 48), seed=0):
@@ -593,16 +592,4 @@ PEAK = """
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
 def test_peak_memory_does_not_grow_with_length_or_number_of_clips(tmp_path):
     "Filled and read through: ten times the frames are 92 MB, well above a tenth of the process: holding them would be seen."
-    size = (240, 320)
-    write(tmp_path / "short" / "clip.mp4", 40, size=size)
-    write(tmp_path / "warm" / "clip.mp4", 80, size=size, seed=20)  # buffers of fixed size are filled, whatever comes after
-    write(tmp_path / "long" / "clip.mp4", 400, size=size)
-    for number in range(10):
-        write(tmp_path / "many" / f"{number}.mp4", 40, size=size, seed=1 + number)
-    folders = [str(tmp_path / name) for name in ("warm", "short", "long", "many")]
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(PEAK), str(tmp_path / "cache"), *folders], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    _, (frames, base), *rest = [[int(number) for number in line.split()] for line in run.stdout.splitlines()]
-    for name, (more, peak) in zip(("long", "many"), rest, strict=True):
-        assert more == 10 * frames
-        assert peak < 1.1 * base, f"{name}: {peak} kB against {base} kB"
+    check_peak_is_flat(tmp_path, write, PEAK, (240, 320))

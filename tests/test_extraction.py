@@ -1,8 +1,6 @@
 """Extraction: idempotent, resumable, broken files set aside, memory flat in length and in number of clips."""
 import json
-import subprocess
 import sys
-import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +13,7 @@ from fvlm.data.embedding_cache import EmbeddingCache, clip_key
 from fvlm.data.video import read_clip
 from fvlm.encoders.embeddings import FrameEmbedder
 from fvlm.encoders.extraction import embed_clip, embed_folder
+from tests.peak_memory import check_peak_is_flat
 
 
 def write_video(path, frames, size=(32, 64), seed=0):
@@ -304,16 +303,4 @@ PEAK = """
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
 def test_peak_memory_does_not_grow_with_length_or_number_of_clips(tmp_path):
     "Ten times the frames decode to 133 MB, well above a tenth of the process: holding them would be seen."
-    size = (288, 384)
-    write_video(tmp_path / "short" / "clip.mp4", 40, size=size)
-    write_video(tmp_path / "warm" / "clip.mp4", 80, size=size, seed=20)  # buffers of fixed size are filled, whatever comes after
-    write_video(tmp_path / "long" / "clip.mp4", 400, size=size)
-    for number in range(10):
-        write_video(tmp_path / "many" / f"{number}.mp4", 40, size=size, seed=1 + number)
-    folders = [str(tmp_path / name) for name in ("warm", "short", "long", "many")]
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(PEAK), str(tmp_path / "cache"), *folders], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    _, (frames, base), *rest = [[int(number) for number in line.split()] for line in run.stdout.splitlines()]
-    for name, (more, peak) in zip(("long", "many"), rest, strict=True):
-        assert more == 10 * frames
-        assert peak < 1.1 * base, f"{name}: {peak} kB against {base} kB"
+    check_peak_is_flat(tmp_path, write_video, PEAK, (288, 384))

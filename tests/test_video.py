@@ -18,6 +18,7 @@ from PIL import Image
 
 from fvlm.core import ConfigError, InputError, VideoError
 from fvlm.data.video import VIDEO_SUFFIXES, decode, frame_indices, probe, read_clip
+from tests.hostile_videos import write_sound
 
 BACKENDS = ("auto", "decord", "pyav")
 
@@ -42,17 +43,6 @@ def write(path, frames, codec="ffv1", pixel_format="bgr0", rate=25, times=None, 
             frame = av.VideoFrame.from_ndarray(array, format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[k], Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def write_sound(path):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
-        for k in range(20):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 44100, k * 1024
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path

@@ -7,8 +7,9 @@ __all__ = ['VIDEO_SUFFIXES', 'PADS', 'ONE_THREAD', 'SAME_PIXELS', 'SEEKS', 'BLOC
            'frame_indices', 'Wanted', 'wanted_frames', 'Unreadable', 'Sink', 'Watch', 'Reading', 'FileFacts', 'examine',
            'counted', 'read_decord', 'read_pyav', 'read_frames', 'describe']
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #ee88aa50
+# %% ../../nbs/10_data/11_frame_readers.ipynb #1165cc01
 import os
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 
 from ..core import ConfigError, InputError, VideoError, check_choice, check_range
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #49878a92
+# %% ../../nbs/10_data/11_frame_readers.ipynb #69d92bb8
 VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv", ".y4m")
 _NOT_VIDEO = {
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"BM": "a BMP picture", b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture", b"GIF8": "a GIF picture",
@@ -60,7 +61,7 @@ def checked_path(
         raise VideoError(path, "a text file, not a video")
     return os.path.abspath(place)  # absolute, so that no name is taken for a protocol such as concat:
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #c21567bf
+# %% ../../nbs/10_data/11_frame_readers.ipynb #6820731c
 def frame_indices(
     num_frames: int,  # frames of the file, >= 1
     native_fps: float | None,  # its rate, frames a second; may be None when timestamps are given
@@ -91,7 +92,7 @@ def frame_indices(
     right = right.clip(max=num_frames - 1)
     return np.where(ticks - times[left] <= times[right] - ticks + slack, left, right).astype(np.int64)
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #6854e3bb
+# %% ../../nbs/10_data/11_frame_readers.ipynb #7990ea23
 PADS = ("repeat", "loop")
 
 
@@ -128,7 +129,7 @@ class Wanted:
             return ()
         return (f"{len(past)} of {len(indices)} frames lie past the end, the first of them frame {past[0]}: filled up by pad={self.pad!r}",)
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #6bb8931d
+# %% ../../nbs/10_data/11_frame_readers.ipynb #4715d221
 def wanted_frames(
     indices=None,  # whole numbers >= 0, in any order
     fps: float | None = None,  # or: frames a second
@@ -157,21 +158,21 @@ def wanted_frames(
         raise InputError(f"indices: got {array.tolist()!r:.80}, expected at least one whole number, all >= 0")
     return Wanted(tuple(int(i) for i in array), None, None, pad, same_size)
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #15374d62
+# %% ../../nbs/10_data/11_frame_readers.ipynb #762f1403
 class Unreadable(Exception):
     "One reader cannot give these frames; the text says why. Another reader may."
 
 
-class Sink:
+class Sink(ABC):
     "Takes frames, in any order, a slot possibly more than once: the last one counts."
 
+    @abstractmethod
     def expect(self, total: int) -> None:
         "A reader begins: `total` slots, none filled."
-        raise NotImplementedError
 
+    @abstractmethod
     def give(self, slots, frames: np.ndarray) -> None:
         "Frames (n,H,W,3) uint8 for n slots; the array may be reused as soon as this returns."
-        raise NotImplementedError
 
 
 class Watch:
@@ -237,7 +238,7 @@ class _Delivery:
             found.append(f"{name} gives frame {self.blanks[0]} all of one value ({len(self.blanks)} such frames)")
         return tuple(found)
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #a06e530d
+# %% ../../nbs/10_data/11_frame_readers.ipynb #b3f37602
 def _one_line(error) -> str:
     "What a library said, without its source lines, addresses or line breaks."
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -250,7 +251,7 @@ def _complaint(watch: Watch, name: str) -> tuple[str, ...]:
     lines = [line for line in map(_one_line, watch.complaints()) if line]
     return (f"{name}: the decoder complained {len(lines)} times, first: {lines[0]}",) if lines else ()
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #25f14bf8
+# %% ../../nbs/10_data/11_frame_readers.ipynb #7eb08b54
 @dataclass(frozen=True)
 class FileFacts:
     "What can be known of a video stream from its packets and its first frames."
@@ -308,7 +309,7 @@ def _open(path: str):
     stream.thread_type = "NONE" if stream.codec_context.name in ONE_THREAD else "AUTO"
     return container, stream
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #ff5fabc8
+# %% ../../nbs/10_data/11_frame_readers.ipynb #53f5eb16
 def examine(
     path: str,  # absolute, as `checked_path` returns it
     watch: Watch = Watch(),  # is told that it moves
@@ -374,7 +375,7 @@ def _examined(path: str, size: int, watch: Watch) -> FileFacts:
     return FileFacts(order, keys, len(packets), base, (len(pts) - 1) / span if span > 0 else stated, codec, height, width, ordered, steady,
                      good and _seeks_land(path, keys, sizes, watch), pixels, size)
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #69e2f0c4
+# %% ../../nbs/10_data/11_frame_readers.ipynb #1badb2b3
 SEEKS = 24  # keyframes tried, spread over the file
 
 
@@ -395,7 +396,7 @@ def _seeks_land(path: str, keys: np.ndarray, sizes: dict[int, int], watch: Watch
             return False
     return True
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #b1de04f4
+# %% ../../nbs/10_data/11_frame_readers.ipynb #5a5a0263
 def _decoded(path: str, watch: Watch, damage: list | None = None, seek=None):
     "Every frame as the decoder puts them out, from the keyframe at `seek`; packets that it refuses are counted in `damage`. Raises: Unreadable."
     import av
@@ -443,7 +444,7 @@ def counted(
         return len(facts.pts)
     return _decoded_count(path, facts.bytes, os.stat(path).st_mtime_ns, watch)
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #362182af
+# %% ../../nbs/10_data/11_frame_readers.ipynb #b7b4c207
 BLOCK = 32  # frames handed on at one time
 BLOCK_BYTES = 32 * 2**20  # or fewer, so that a block stays below this
 
@@ -503,7 +504,7 @@ def read_decord(
     times = times if facts is None else facts.times
     return Reading(indices, times[indices], "decord", wanted.padding_note(indices)), (*delivery.doubts("decord"), *_complaint(watch, "decord"))
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #9d5cbe9e
+# %% ../../nbs/10_data/11_frame_readers.ipynb #8ad0da16
 def read_pyav(
     path: str,  # absolute
     wanted: Wanted,  # which frames
@@ -552,7 +553,7 @@ def _runs(facts: FileFacts, needed: list[int]) -> list[tuple[int, list[int]]]:
             runs.append((key, [pts]))
     return runs
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #13e06d95
+# %% ../../nbs/10_data/11_frame_readers.ipynb #f53935fa
 def _collect(path, first, missing, facts, slots, delivery, watch, found, corrupt, built_on, damage) -> None:
     "Decode from the keyframe `first` (None: from the start) until the `missing` times are in `found` or have gone by."
     from av.video.reformatter import VideoReformatter
@@ -620,7 +621,7 @@ def _pixels(frame, convert) -> np.ndarray:
     array = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
     return np.ascontiguousarray(np.rot90(array, frame.rotation // 90)) if frame.rotation % 360 else array
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #03519ba9
+# %% ../../nbs/10_data/11_frame_readers.ipynb #d709ebb8
 BACKENDS = ("auto", "decord", "pyav")
 
 
@@ -677,7 +678,7 @@ def _with_notes(found: tuple[Reading, tuple[str, ...]], reasons=()) -> Reading:
     reading, doubts = found
     return Reading(reading.indices, reading.timestamps, reading.backend, (*reasons, *reading.notes, *doubts))
 
-# %% ../../nbs/10_data/11_frame_readers.ipynb #0952ab2a
+# %% ../../nbs/10_data/11_frame_readers.ipynb #4312a2ff
 def describe(
     path: str,  # absolute, as `checked_path` returns it
     watch: Watch = Watch(),  # is told what happens

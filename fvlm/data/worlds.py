@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PHOTOS', 'World', 'SpriteWorld', 'MovingDigits', 'BouncingSprites', 'CuedTarget', 'photograph', 'PhotoPan']
 
-# %% ../../nbs/05_worlds/06_worlds.ipynb #ac240a45
+# %% ../../nbs/05_worlds/06_worlds.ipynb #01d2cfe1
 import operator
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ import torch
 from ..core import ConfigError, check_choice, check_range, numpy_generator
 from .sprites import COLOURS, NUMBERS, SHAPES, article, bounced, digit_sprite, direction, handwritten_digits, listed, motion_phrase, object_flow, painted, shape_sprite, turns
 
-# %% ../../nbs/05_worlds/06_worlds.ipynb #33d3f704
+# %% ../../nbs/05_worlds/06_worlds.ipynb #043f9cac
 def _check_span(name, span, low, high):
     "Nothing, if `span` is (smallest, largest) in this order and within [low, high]."
     if not isinstance(span, (tuple, list)) or len(span) != 2:
@@ -66,7 +67,7 @@ class World(Sequence):
         clip = self._clip(rng)
         return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in clip.items()}
 
-# %% ../../nbs/05_worlds/06_worlds.ipynb #2ce49d55
+# %% ../../nbs/05_worlds/06_worlds.ipynb #f954a0a9
 def _placed(rng, sizes, side, whole, keep_clear=None):
     "(K,2) corners within the frame: of twenty random layouts the one whose boxes are furthest apart."
     room = side - sizes
@@ -90,13 +91,13 @@ def _velocities(rng, count, speed, whole):
         velocity[~velocity.any(1), 0] = 1
     return velocity
 
-# %% ../../nbs/05_worlds/06_worlds.ipynb #e38c41fe
+# %% ../../nbs/05_worlds/06_worlds.ipynb #f7ab67ba
 class SpriteWorld(World):
     "Sprites that bounce in a box; the first is in front."
 
+    @abstractmethod
     def _scene(self, rng):
         "Sprites, background (H,W,3) or (T,H,W,3) and whatever the clip adds to the dict."
-        raise NotImplementedError
 
     def _paths(self, rng, sprites, keep_clear=None):
         "(T,K,2) corners of the sprites."
@@ -114,7 +115,7 @@ class SpriteWorld(World):
         trajectories = (corners + half).astype(np.float32)
         return {"frames": frames, "masks": masks, "flow": object_flow(masks, corners), "trajectories": trajectories, "objects": [s.name for s in sprites], **extra}
 
-# %% ../../nbs/05_worlds/06_worlds.ipynb #108532f1
+# %% ../../nbs/05_worlds/06_worlds.ipynb #305356e0
 @dataclass(frozen=True, kw_only=True)
 class MovingDigits(SpriteWorld):
     "Handwritten digits that bounce in a black box."
@@ -146,7 +147,7 @@ def _sentence(clauses):
     text = "; ".join(clauses) if len(clauses) > 2 else ", and ".join(clauses)
     return f"{text[0].upper()}{text[1:]}."
 
-# %% ../../nbs/05_worlds/06_worlds.ipynb #78dd9983
+# %% ../../nbs/05_worlds/06_worlds.ipynb #7e50dc89
 @dataclass(frozen=True, kw_only=True)
 class BouncingSprites(SpriteWorld):
     "A target shape (object 0) that bounces among distractors over a soft gradient."
@@ -180,7 +181,7 @@ class BouncingSprites(SpriteWorld):
         caption = _sentence([f"{article(sprites[0].name)} {motion_phrase(corners[:, 0])}{among}"])
         return sprites, background, corners, {"caption": caption}
 
-# %% ../../nbs/05_worlds/06_worlds.ipynb #1d513d3a
+# %% ../../nbs/05_worlds/06_worlds.ipynb #5cb21e8e
 @dataclass(frozen=True, kw_only=True)
 class CuedTarget(BouncingSprites):
     "Bouncing shapes of which a cue names one: `clip[\"cue\"]` is its index, the caption tells its motion."
@@ -216,7 +217,7 @@ def _outline(picture, corner, shape):
     x0, y0, x1, y1 = max(x - 3, 0), max(y - 3, 0), min(x + shape[1] + 2, size - 1), min(y + shape[0] + 2, size - 1)
     picture[[y0, y1], x0 : x1 + 1] = picture[y0 : y1 + 1, [x0, x1]] = 1.0
 
-# %% ../../nbs/05_worlds/06_worlds.ipynb #57373db6
+# %% ../../nbs/05_worlds/06_worlds.ipynb #9e9e318a
 PHOTOS = {"china": "a pagoda by a lake", "flower": "a flower in close-up"}
 
 
@@ -235,7 +236,7 @@ def photograph(
     pixels.flags.writeable = False
     return pixels
 
-# %% ../../nbs/05_worlds/06_worlds.ipynb #0843a325
+# %% ../../nbs/05_worlds/06_worlds.ipynb #acf67ebd
 @dataclass(frozen=True, kw_only=True)
 class PhotoPan(World):
     "A window that glides over a real photograph and turns back at its edges."
