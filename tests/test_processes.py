@@ -81,6 +81,16 @@ def test_two_processes_end_where_one_does(alone, together):
     assert [row["loss"] for row in one if row["split"] == "val"] == pytest.approx([row["loss"] for row in two if row["split"] == "val"], abs=1e-9)
 
 
+def test_in_float32_two_processes_stay_within_1e_5_of_one(alone, tmp_path):
+    from two_processes import run
+
+    run(tmp_path / "alone", single=True)
+    done = launched(tmp_path / "together", "--single")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = weights(tmp_path / "alone"), weights(tmp_path / "together")
+    assert next(iter(one.values())).dtype == torch.float32 and furthest(one, two) < 1e-5
+
+
 def test_saved_by_two_goes_on_as_one(alone, together, tmp_path):
     from two_processes import run
 
