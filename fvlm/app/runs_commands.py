@@ -6,7 +6,7 @@
 __all__ = ['TRACKERS', 'run_rows', 'text_table', 'comparison_text', 'log_rows', 'to_trackio', 'to_wandb', 'numbers_of',
            'RunsCommand']
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #fddee52a
+# %% ../../nbs/90_app/97_runs_commands.ipynb #8e192d97
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from ..core import ConfigError, InputError
 from ..evidence.run_comparison import RunComparison, compare_runs, find_runs, main_metric, study_names, trained_runs
 from ..training.records import RunRecord, read_records
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #df21f341
+# %% ../../nbs/90_app/97_runs_commands.ipynb #2bfba4ed
 def run_rows(
     records: list[RunRecord],  # any
     names: list[str] | None = None,  # what to call them; None: study/run
@@ -46,7 +46,7 @@ def text_table(
     number = [all(row[k].rstrip("M%").lstrip("+-").replace(".", "", 1).isdigit() for row in rows) for k in range(len(header))]
     return "\n".join("  ".join(f"{cell:>{w}}" if n else f"{cell:<{w}}" for cell, w, n in zip(row, widths, number)).rstrip() for row in (header, *rows))
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #fbbe59bf
+# %% ../../nbs/90_app/97_runs_commands.ipynb #6c5d68af
 def comparison_text(
     found: RunComparison,  # from `compare_runs`
     *,
@@ -65,7 +65,7 @@ def comparison_text(
     lines += [f"1 - A / B   {found.skill}"] if found.skill else []
     return "\n".join([*lines, f"sign-flip test over clips: p = {found.p_value:.4f}", "", found.verdict()])
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #f9c6a653
+# %% ../../nbs/90_app/97_runs_commands.ipynb #03f065ee
 def log_rows(
     run_folder,  # the folder of a training, with its log.jsonl
 ) -> list[dict]:
@@ -114,7 +114,7 @@ def numbers_of(
 
 TRACKERS: dict[str, Callable[[list[dict], str], None]] = {"trackio": to_trackio, "wandb": to_wandb}
 
-# %% ../../nbs/90_app/97_runs_commands.ipynb #d2787084
+# %% ../../nbs/90_app/97_runs_commands.ipynb #b195fa5c
 @dataclass(frozen=True, kw_only=True)
 class RunsCommand:
     "Find, show and compare runs by their records; hand a log to a tracker."

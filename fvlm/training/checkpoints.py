@@ -6,7 +6,7 @@
 __all__ = ['CheckpointError', 'CheckpointMismatch', 'CheckpointWarning', 'split_tensors', 'join_tensors', 'save_checkpoint',
            'check_checkpoint', 'Checkpoint', 'config_difference', 'load_checkpoint']
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #c9904f1e
+# %% ../../nbs/60_training/63_checkpoints.ipynb #a662ca71
 import hashlib
 import json
 import math
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..core import InputError
 from ..files import sha256_of, sync_folder, write_json
-from .records import plain_data
+from .records import config_differences, plain_data
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #5f1ffcd6
+# %% ../../nbs/60_training/63_checkpoints.ipynb #4674f43a
 class CheckpointError(InputError):
     "A checkpoint is missing, was changed, or does not belong to what it is loaded into. Nothing was loaded."
 
@@ -36,7 +36,7 @@ class CheckpointMismatch(CheckpointError):
 class CheckpointWarning(UserWarning):
     "A checkpoint was passed over, or was written under other circumstances than these."
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #243344cd
+# %% ../../nbs/60_training/63_checkpoints.ipynb #bfe4add1
 _MARKS = ("__tensor__", "__tuple__", "__items__")
 
 
@@ -86,7 +86,7 @@ def join_tensors(
         return {key: join_tensors(item, tensors) for key, item in tree["__items__"]}
     return {key: join_tensors(item, tensors) for key, item in tree.items()}
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #5f435e2c
+# %% ../../nbs/60_training/63_checkpoints.ipynb #fabe04b4
 def _untied(tensors):
     "The tensors to write, contiguous, and {alias: name} for those that are another one under a second name."
     first, kept, tied = {}, {}, {}
@@ -131,7 +131,7 @@ def _remove(path):
     else:
         path.unlink(missing_ok=True)
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #b24ba0fe
+# %% ../../nbs/60_training/63_checkpoints.ipynb #6604230c
 def save_checkpoint(
     directory,  # the checkpoint's name; one that is there already is replaced when the new one is whole
     model,  # nn.Module, or its tensors by name
@@ -183,7 +183,7 @@ def save_checkpoint(
         raise CheckpointError(f"{directory}: the checkpoint could not be written ({error}); what was there before is as it was") from error
     return directory
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #88b4688f
+# %% ../../nbs/60_training/63_checkpoints.ipynb #8f4a001f
 _MOST_TEXT = 32 << 20  # bytes of JSON in a checkpoint; a history of a million rows would not fit, and should be a file of its own
 
 
@@ -238,7 +238,7 @@ def check_checkpoint(
             raise CheckpointError(f"{path}: was changed: its sha256 is not the manifest's")
     return {**manifest, "directory": directory}
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #2ed85e8d
+# %% ../../nbs/60_training/63_checkpoints.ipynb #b7fde3e3
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     "What a checkpoint remembers beside weights."
@@ -312,22 +312,15 @@ def _check_optimizer(where, came, optimizer):
     _check_finite(where, {f"{key} of parameter {index}": value for index, key, value in entries if isinstance(value, Tensor)})
 
 
-_ABSENT = object()
-
-
 def config_difference(
     here,  # a configuration as plain data
     there,  # another one
     place: str = "config",  # the name of the whole
 ) -> list[str]:
     "One line a difference: the place, the value here, the value there."
-    if isinstance(here, Mapping) and isinstance(there, Mapping):
-        keys = sorted(set(here) | set(there))
-        return [line for key in keys for line in config_difference(here.get(key, _ABSENT), there.get(key, _ABSENT), f"{place}.{key}")]
-    words = ["absent" if value is _ABSENT else repr(value) for value in (here, there)]
-    return [] if type(here) is type(there) and here == there else [f"{place}: {words[0]} here, {words[1]} in the checkpoint"]
+    return [f"{where}: {ours} here, {theirs} in the checkpoint" for where, ours, theirs in sorted(config_differences(here, there, place))]
 
-# %% ../../nbs/60_training/63_checkpoints.ipynb #20ed1504
+# %% ../../nbs/60_training/63_checkpoints.ipynb #cb6cc814
 def load_checkpoint(
     directory,  # a checkpoint
     model: nn.Module | None = None,  # receives the weights; None to look at state and config only
