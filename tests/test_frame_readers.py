@@ -59,11 +59,52 @@ def test_slots_are_positions_in_the_request(path, order):
         assert reading.indices.tolist() == order and all(np.array_equal(some.frames[k], whole.frames[i]) for k, i in enumerate(order))
 
 
-def test_a_complaint_on_the_terminal_is_a_doubt(path):
-    quiet = read_frames(path, Wanted(), Shelf(), watch=Ears())
-    assert (quiet.backend, quiet.notes) == ("decord", ())
-    told = read_frames(path, Wanted(), Shelf(), watch=Ears("[h264 @ 0x55] error while decoding MB 3 4"))
-    assert told.backend == "pyav" and told.notes[0] == "decord: the decoder complained 1 times, first: error while decoding MB 3 4"
+def test_a_complaint_on_the_terminal_is_a_doubt(path, tmp_path):
+    lossless = str(write(tmp_path / "film.mkv", film(3), "ffv1", "bgr0"))
+    for place, first, name in ((path, "pyav", "PyAV"), (lossless, "decord", "decord")):
+        quiet = read_frames(place, Wanted(), Shelf(), watch=Ears())
+        assert (quiet.backend, quiet.notes) == (first, ())
+        told = read_frames(place, Wanted(), Shelf(), watch=Ears("[h264 @ 0x55] error while decoding MB 3 4"))
+        assert told.backend == "pyav" and told.notes[0] == f"{name}: the decoder complained 1 times, first: error while decoding MB 3 4"
+
+
+@pytest.mark.parametrize("options", [{"bf": "0"}, {"bf": "2"}, {"bf": "4", "x264-params": "b-pyramid=normal:b-adapt=0"}, {"bf": "3", "x264-params": "interlaced=1"}, {"bf": "2", "x264-params": "open-gop=1"}])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_frames_left_out_change_no_frame_that_was_asked_for(tmp_path, suffix, options):
+    place = str(write(tmp_path / f"film.{suffix}", film(3), options={"g": "12", "preset": "veryfast", **options}))
+    plain, some = Shelf(), Shelf()
+    plain.frames = [frame.to_ndarray(format="rgb24") for frame in frame_readers._decoded(place, Watch())]
+    assert len(plain.frames) == 24
+    for order in ([5], [11], [9, 10, 11], [21, 22, 23], [13, 16, 19, 22], [2, 7, 20], [22, 10, 10, 0], list(range(3, 19))):
+        reading = read_frames(place, wanted_frames(order), some)
+        assert reading.backend == "pyav" and all(np.array_equal(some.frames[k], plain.frames[i]) for k, i in enumerate(order)), order
+
+
+def test_a_decoder_that_spares_is_asked_again_for_what_it_lost(path, monkeypatch):
+    whole, spared, real, passes = Shelf(), Shelf(), frame_readers._decoded, []
+    read_frames(path, Wanted(), whole)
+
+    def lossy(path, watch, damage=None, seek=None, needed=frozenset()):
+        passes.append(needed)
+        return (frame for frame in real(path, watch, damage, seek, needed) if not needed or frame.pts != max(needed))
+
+    count = sum(1 for _ in real(path, Watch(), needed=frozenset([int(examine(path).pts[23])])))
+    assert count < 24  # it does leave out
+    monkeypatch.setattr(frame_readers, "_decoded", lossy)
+    reading = read_frames(path, wanted_frames([12, 13, 14]), spared)
+    assert [bool(needed) for needed in passes] == [True, False] and reading.notes == ()
+    assert all(np.array_equal(a, b) for a, b in zip(spared.frames, whole.frames[12:15], strict=True))
+
+
+def test_repeats_and_blank_frames_of_h264_are_told(tmp_path):
+    for name, change, says in (("black", lambda f: np.where(np.arange(24)[:, None, None, None] == 9, 0, f), "PyAV gives frame 9 all of one value (1 such frames)"),
+                               ("still", lambda f: f[[*range(10), 9, *range(11, 24)]], "PyAV gives frames 9 and 10 equal byte for byte (1 such pairs)")):
+        frames = change(film(4)).astype(np.uint8)
+        place = str(write(tmp_path / f"{name}.mp4", frames, "libx264rgb", "rgb24", options={"g": "8", "bf": "2", "qp": "0"}))
+        for indices in (None, [8, 9, 10, 11]):
+            reading = read_frames(place, wanted_frames(indices), Shelf())
+            assert (reading.backend, reading.notes) == ("pyav", (says,))
+        assert read_frames(place, wanted_frames([3, 4, 5]), Shelf()).notes == ()
 
 
 def test_blank_frames_and_repeats_are_doubts(tmp_path):

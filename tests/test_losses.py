@@ -1,10 +1,15 @@
 """Losses: closed-form extremes, a loop over pairs as oracle, gradients at zero, one clear error a mistake."""
 
+import math
+
 import pytest
 import torch
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError, generator
-from fvlm.objectives.losses import SIMILARITY_KINDS, embedding_mse_loss, pixel_loss, semantic_similarity_loss, unit_vectors
+from fvlm.objectives.losses import (
+    CONTRAST_KINDS, SIMILARITY_KINDS, caption_loss, contrastive_loss, embedding_mse_loss, entropy_margin_loss, pixel_loss, query_diversity_loss, semantic_similarity_loss,
+    unit_vectors,
+)
 
 KINDS = list(SIMILARITY_KINDS)
 
@@ -152,3 +157,146 @@ def test_bad_pairs(loss):
         loss(good.tolist(), good)
     with pytest.raises(ShapeError, match="at least one value"):
         loss(good[:0], good[:0])
+
+
+# --- foveation: entropy margin ---------------------------------------------------------------------------------------
+
+def attention(*shape, seed=0, sharpness=1.0, dtype=torch.float64):
+    return (sharpness * randn(*shape, seed=seed, dtype=torch.float64)).softmax(-1).to(dtype)
+
+
+def test_entropy_margin_is_the_hinge_of_each_row():
+    fine, coarse = attention(2, 3, 4, 1, 9, sharpness=2.0), attention(2, 3, 4, 1, 9, seed=1)
+    difference = torch.distributions.Categorical(fine).entropy() - torch.distributions.Categorical(coarse).entropy()
+    assert (difference + 0.5 < 0).any() and (difference + 0.5 > 0).any()
+    for margin in (0.0, 0.5, 2.0):
+        torch.testing.assert_close(entropy_margin_loss(fine, coarse, margin), (difference + margin).clamp_min(0).mean())
+    layers = [attention(2, 3, 4, 1, 9, seed=2), attention(1, 5, seed=3)], [attention(2, 3, 4, 1, 9, seed=4), attention(1, 5, seed=5)]
+    torch.testing.assert_close(entropy_margin_loss(*layers), (entropy_margin_loss(layers[0][0], layers[1][0]) + entropy_margin_loss(layers[0][1], layers[1][1])) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_entropy_margin_closed_form_in_nats(dtype):
+    wide, narrow = torch.full((2, 16), 1 / 16, dtype=dtype), torch.eye(16, dtype=dtype)[:2]
+    four = torch.cat([torch.full((2, 4), 0.25, dtype=dtype), torch.zeros(2, 12, dtype=dtype)], 1)
+    for fine, coarse, value in ((wide, wide, 0.5), (narrow, wide, 0.0), (wide, narrow, math.log(16) + 0.5), (four, narrow, math.log(4) + 0.5), (four, wide, 0.0)):
+        assert entropy_margin_loss(fine, coarse).item() == pytest.approx(value, abs=1e-6)
+
+
+def test_entropy_margin_gradient_is_finite_at_hard_attention():
+    fine = torch.eye(5, dtype=torch.float64)[:2].requires_grad_()
+    wide = torch.full((2, 5), 0.2, dtype=torch.float64)
+    entropy_margin_loss(fine, wide, margin=3.0).backward()
+    assert torch.isfinite(fine.grad).all() and not fine.grad[0, 1:].any()
+    scores = randn(3, 6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: entropy_margin_loss(x.softmax(-1), torch.full((3, 6), 1 / 6, dtype=torch.float64), 2.0), scores)
+    kept = scores.masked_fill(torch.arange(6) > 2, -math.inf).softmax(-1)  # top-k
+    (gradient,) = torch.autograd.grad(entropy_margin_loss(kept, wide.new_full((3, 6), 1 / 6), 2.0), scores)
+    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+
+
+def test_entropy_margin_mistakes():
+    good = attention(2, 3, 8)
+    broken = good.clone()
+    broken[1, 2, 3] = float("nan")
+    for fine, coarse, error, said in (
+        (good, good[..., :4] * 2, ShapeError, "fine_attention.0. and coarse_attention.0.: expected one shape"),
+        ([good, good], [good], ShapeError, "same number of layers, at least one, got 2 and 1"), ([], [], ShapeError, "at least one"),
+        (good, good * 1.2, InputError, "coarse_attention.0.: expected rows of probabilities"), (good.log(), good, InputError, "fine_attention.0."),
+        ([good, broken], [good, good], NonFiniteError, r"fine_attention\[1\]: 1 of 48 values .* \(1, 2, 3\)"),
+    ):
+        with pytest.raises(error, match=said):
+            entropy_margin_loss(fine, coarse)
+    with pytest.raises(ConfigError, match="margin"):
+        entropy_margin_loss(good, good, -0.1)
+
+
+# --- foveation: contrast and diversity -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", list(CONTRAST_KINDS))
+def test_contrast_closed_form(kind, dtype):
+    x, mean = randn(2, 3, 8), 4 * randn(2, 3, 8, seed=1) if kind == "centred" else None
+    quarter = torch.cat([-x[..., 4:], x[..., :4]], -1)
+    for other, value in ((3 * x, 1), (quarter, 0), (-x, -1)):
+        shift = 0 if mean is None else mean
+        came = contrastive_loss((x + shift).to(dtype), (other + shift).to(dtype), kind, None if mean is None else mean.to(dtype))
+        assert came.dtype != torch.bfloat16 and came.item() == pytest.approx(value, abs=5e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_contrast_equals_the_plain_formula_and_centring_matters():
+    fine, coarse, mean = randn(2, 3, 8).requires_grad_(), randn(2, 3, 8, seed=1), 10 + randn(2, 3, 8, seed=2)
+    torch.testing.assert_close(contrastive_loss(fine, coarse), torch.cosine_similarity(fine, coarse, dim=-1).mean())
+    centred = contrastive_loss(fine + mean, coarse + mean, "centred", mean)
+    torch.testing.assert_close(centred, contrastive_loss(fine, coarse))
+    assert contrastive_loss(fine + mean, coarse + mean) > 0.9 > 0.5 > centred
+    (gradient,) = torch.autograd.grad(centred, fine)
+    assert gradient.abs().sum() > 0
+    same = coarse.clone().requires_grad_()
+    contrastive_loss(same, same.detach(), "centred", same.detach().clone()).backward()  # both are the mean: no direction, no gradient
+    assert not same.grad.any()
+
+
+def test_contrast_mistakes():
+    x = randn(2, 3, 8)
+    for arguments, error, said in (
+        ((x, x, "center"), ConfigError, "'raw', 'centred'"), ((x, x, "centred"), ConfigError, "needs the mean over patches"), ((x, x, "raw", x), ConfigError, "does not use it"),
+        ((x, x[:1]), ShapeError, "fine and coarse: expected one shape"), ((x, x, "centred", x[:, :1]), ShapeError, "fine and mean: expected one shape"),
+        ((x * float("nan"), x), NonFiniteError, "fine: 48 of 48"), ((x, x, "centred", x / 0), NonFiniteError, "mean"),
+    ):
+        with pytest.raises(error, match=said):
+            contrastive_loss(*arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_query_diversity_is_the_similarity_of_queries(kind):
+    x, mean = randn(2, 3, 4, 8), randn(2, 3, 8, seed=1)
+    torch.testing.assert_close(query_diversity_loss(x, kind), by_loop(x.transpose(1, 2), kind))
+    torch.testing.assert_close(query_diversity_loss(x, kind, mean), by_loop((x - mean[:, :, None]).transpose(1, 2), kind))
+    with pytest.raises(ShapeError, match="at least 2 queries on axis 2, got 1"):
+        query_diversity_loss(x[:, :, :1], kind)
+    with pytest.raises(ShapeError, match="mean: axis T should be 3, got 4"):
+        query_diversity_loss(x, kind, randn(2, 4, 8))
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+def test_caption_loss_is_the_mean_over_real_words():
+    logits = randn(2, 4, 7).requires_grad_()
+    labels = torch.tensor([[3, 1, 6, -100], [6, -100, -100, -100]])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    came = caption_loss(logits, labels)
+    torch.testing.assert_close(came, expected)
+    torch.testing.assert_close(torch.autograd.grad(came, logits), torch.autograd.grad(expected, logits))
+    assert caption_loss(torch.zeros(1, 3, 7), labels[:1, :3]).item() == pytest.approx(math.log(7))
+    torch.testing.assert_close(caption_loss(logits, labels.where(labels >= 0, 5), ignore_index=5), expected)  # no label is 5
+    sure = 100 * torch.nn.functional.one_hot(labels.clamp_min(0), 7).double()
+    assert caption_loss(sure, labels) < 1e-9
+
+
+def test_the_end_of_the_sentence_is_trained_and_padding_is_not():
+    logits, end = torch.zeros(1, 4, 7, requires_grad=True), 6
+    caption_loss(logits, torch.tensor([[2, end, -100, -100]])).backward()
+    assert logits.grad[0, 1, end] < 0 and not logits.grad[0, 2:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_without_captions_costs_nothing_and_has_a_graph(dtype):
+    logits = randn(2, 3, 5, dtype=torch.float32).to(dtype).requires_grad_()
+    loss = caption_loss(logits, torch.full((2, 3), -100))
+    loss.backward()
+    assert loss.item() == 0.0 and loss.dtype == torch.float32 and torch.equal(logits.grad, torch.zeros_like(logits))
+    broken = torch.full((1, 1, 5), float("nan"), requires_grad=True)  # padding may hold anything
+    caption_loss(broken, torch.tensor([[-100]])).backward()
+    assert torch.isfinite(broken.grad).all()
+
+
+def test_caption_mistakes():
+    logits, labels = randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+    for arguments, error, said in (
+        ((logits, labels[:, :2]), ShapeError, "labels: axis C should be 3, got 2"), ((logits[0], labels), ShapeError, "B C V"), ((logits, labels.int()), InputError, "int64"),
+        ((logits, labels + 5), InputError, "expected -100 or 0..4, got values from 5 to 5"), ((logits, labels - 1), InputError, "from -1 to -1"),
+        ((logits * float("nan"), labels), NonFiniteError, "logits"),
+    ):
+        with pytest.raises(error, match=said):
+            caption_loss(*arguments)

@@ -22,7 +22,7 @@ PACKAGE, NOTEBOOKS = ROOT / "fvlm", ROOT / "nbs"
 # A module may import modules of a lower number, and earlier notebooks of its own layer.
 LAYERS = {
     "ground": 0, "data": 10, "encoders": 20, "blocks": 30, "objectives": 40, "models": 50,
-    "training": 60, "evidence": 70, "instruments": 80, "app": 90,
+    "training": 60, "recipes": 65, "evidence": 70, "instruments": 80, "app": 90,
 }
 # The layer of data has more notebooks than ten numbers: generated worlds have their own folder, and come first.
 OWN_FOLDER = {"data.sprites": "05_worlds", "data.worlds": "05_worlds", "data.moving_mnist": "05_worlds"}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_weights', 'weights_table', 'WeightsCommand', 'EmbedCommand', 'chosen_device']
 
-# %% ../../nbs/90_app/93_commands.ipynb #21f120d5
+# %% ../../nbs/90_app/93_commands.ipynb #453a5baa
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -14,9 +14,9 @@ import tyro
 
 from ..core import ConfigError, InputError, WeightsError, cache_dir, check_choice, check_range
 
-# %% ../../nbs/90_app/93_commands.ipynb #31933438
+# %% ../../nbs/90_app/93_commands.ipynb #758d9b88
 def get_weights(
-    name: str,  # an encoder, a file of the wheel store, or a pretrained timm model
+    name: str,  # an encoder, a language model, a file of the wheel store, or a pretrained timm model
 ) -> str:
     """What was found or fetched, where from, on one line.
 
@@ -25,10 +25,13 @@ def get_weights(
     from difflib import get_close_matches
 
     from fvlm.data.wheel_store import WHEELS, fetch
+    from fvlm.encoders.language_weights import LANGUAGE_WEIGHTS, resolve_language
     from fvlm.encoders.pretrained import WEIGHTS, resolve
 
     if name in WEIGHTS:
         return str(resolve(name, download=True))
+    if name in LANGUAGE_WEIGHTS:
+        return str(resolve_language(name, download=True))
     if name not in WHEELS and get_close_matches(name, [*WEIGHTS, *WHEELS], n=1):
         check_choice("name", name, dict.fromkeys([*WEIGHTS, *WHEELS]))
     if name not in WHEELS:
@@ -40,22 +43,23 @@ def get_weights(
 def weights_table() -> list[tuple[str, str, str, str]]:
     "(name, whether it is here, size and source, what it is) of everything that has a name."
     from fvlm.data.wheel_store import WHEELS, cached
+    from fvlm.encoders.language_weights import LANGUAGE_WEIGHTS, language_cache
     from fvlm.encoders.pretrained import WEIGHTS
 
-    rows = []
-    for name in dict.fromkeys([*WEIGHTS, *WHEELS]):
-        wheel = WHEELS.get(WEIGHTS[name].wheel if name in WEIGHTS else name)
-        here = (cache_dir("weights") / f"{name}.safetensors").is_file()
+    models, rows = WEIGHTS | LANGUAGE_WEIGHTS, []
+    for name in dict.fromkeys([*models, *WHEELS]):
+        wheel = WHEELS.get(models[name].wheel if name in models else name)
+        here = (language_cache(name)[1] if name in LANGUAGE_WEIGHTS else cache_dir("weights") / f"{name}.safetensors").is_file()
         try:
             here = here or (wheel is not None and cached(wheel.name) is not None)
             state = "here" if here else "-"
         except WeightsError:
             state = "damaged"
         source = f"{wheel.megabytes:.0f} MB, {wheel.package} {wheel.version} ({wheel.licence})" if wheel else "model hub"
-        rows.append((name, state, source, WEIGHTS[name].what if name in WEIGHTS else wheel.what))
+        rows.append((name, state, source, models[name].what if name in models else wheel.what))
     return rows
 
-# %% ../../nbs/90_app/93_commands.ipynb #a65c49bf
+# %% ../../nbs/90_app/93_commands.ipynb #f38aa98a
 @dataclass(frozen=True, kw_only=True)
 class WeightsCommand:
     "Pretrained weights and sample clips: list them, get them by name, say where they lie. Nothing is installed or executed."
@@ -80,7 +84,7 @@ class WeightsCommand:
             print(f"\nThe cache is {cache_dir()}; any pretrained timm model can be got by its name where the model hub can be reached.")
         return 0
 
-# %% ../../nbs/90_app/93_commands.ipynb #9c6ada2d
+# %% ../../nbs/90_app/93_commands.ipynb #d7cf5059
 @dataclass(frozen=True, kw_only=True)
 class EmbedCommand:
     "Embed every frame of a folder of videos into a cache. Run it again after adding videos: only they cost time."

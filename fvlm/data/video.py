@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Clip', 'decode', 'read_clip', 'VideoInfo', 'probe']
 
-# %% ../../nbs/10_data/14_video.ipynb #e17b3ccc
+# %% ../../nbs/10_data/14_video.ipynb #437be729
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .decode_worker import DecodeWorker, own_worker
 from .frame_readers import BACKENDS, VIDEO_SUFFIXES, Sink, Wanted, checked_path, describe, frame_indices, read_frames, wanted_frames
 from .still_frames import describe_stills, is_still, read_stills
 
-# %% ../../nbs/10_data/14_video.ipynb #3faf2daf
+# %% ../../nbs/10_data/14_video.ipynb #f887ea1d
 def _checked_size(size) -> tuple[int, int] | None:
     "Height and width to resize to, or None."
     if size is None:
@@ -37,7 +37,7 @@ def _resized(frames: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor
     moved = frames.permute(0, 3, 1, 2)  # channels-last in memory: torch has a fast uint8 path for exactly this
     return torch.nn.functional.interpolate(moved, size=size, mode="bilinear", antialias=True).permute(0, 2, 3, 1).contiguous()
 
-# %% ../../nbs/10_data/14_video.ipynb #695d47d8
+# %% ../../nbs/10_data/14_video.ipynb #01aeb34b
 class _Film(Sink):
     "Frames as one tensor, resized."
 
@@ -61,7 +61,7 @@ class _Film(Sink):
         needed = self.total * int(np.prod(shape))
         if needed > 2**28 and needed > (free := _free_bytes()):
             raise VideoError(self.path, f"the {self.total} frames asked for need {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: ask for fewer at a time, or pass size=")
-        return torch.empty((self.total, *shape), dtype=torch.uint8)
+        return torch.from_numpy(np.empty((self.total, *shape), np.uint8))  # numpy asks for huge pages, torch does not
 
     def whole(self) -> torch.Tensor:
         "(T,H,W,3), every slot of it filled. Raises: VideoError."
@@ -78,7 +78,7 @@ def _free_bytes() -> float:
     except (OSError, StopIteration):
         return float("inf")
 
-# %% ../../nbs/10_data/14_video.ipynb #b5c47ea0
+# %% ../../nbs/10_data/14_video.ipynb #2170b923
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     "Decoded frames and where they came from."
@@ -97,7 +97,7 @@ def decode(
     fps: float | None = None,  # or: frames a second, nearest by time, at most the native rate
     stride: int | None = None,  # or: every stride-th frame
     size=None,  # resize to this many pixels square, or to (height, width)
-    backend: str = "auto",  # "auto" (decord where it can be trusted, else PyAV), "decord" or "pyav"
+    backend: str = "auto",  # "auto" (the faster one where it can be trusted, else PyAV), "decord" or "pyav"
     pad: str | None = None,  # frames past the end: None is an error, "repeat" the last frame, "loop" to the start
     native_fps: float | None = None,  # of pictures and arrays, which carry no times; default 25
     isolated: bool | DecodeWorker = True,  # decode in this process's worker, or in one with other caps; False: right here, nothing is killed
@@ -140,7 +140,7 @@ def _worker(isolated) -> DecodeWorker:
         raise InputError(f"isolated: got {isolated!r}, expected True, False or a DecodeWorker")
     return own_worker() if isolated is True else isolated
 
-# %% ../../nbs/10_data/14_video.ipynb #c2d84770
+# %% ../../nbs/10_data/14_video.ipynb #ac34067a
 def read_clip(
     path,  # a video file, a folder of pictures, file.npy, or file.npy#item
     indices=None,  # frame indices >= 0, in any order; default all frames
@@ -148,7 +148,7 @@ def read_clip(
     fps: float | None = None,  # or: frames a second, nearest by time, at most the native rate
     stride: int | None = None,  # or: every stride-th frame
     size=None,  # resize to this many pixels square, or to (height, width)
-    backend: str = "auto",  # "auto" (decord where it can be trusted, else PyAV), "decord" or "pyav"
+    backend: str = "auto",  # "auto" (the faster one where it can be trusted, else PyAV), "decord" or "pyav"
     pad: str | None = None,  # frames past the end: None is an error, "repeat" the last frame, "loop" to the start
     native_fps: float | None = None,  # of pictures and arrays, which carry no times; default 25
     isolated: bool | DecodeWorker = True,  # as in `decode`
@@ -159,7 +159,7 @@ def read_clip(
     """
     return decode(path, indices, fps=fps, stride=stride, size=size, backend=backend, pad=pad, native_fps=native_fps, isolated=isolated).frames
 
-# %% ../../nbs/10_data/14_video.ipynb #c0acafa6
+# %% ../../nbs/10_data/14_video.ipynb #1a904da8
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
     "What a file holds, found without decoding more than its first frames."
@@ -171,7 +171,7 @@ class VideoInfo:
     height: int  # pixels, as shown
     duration: float  # seconds, the last frame's own time included
     codec: str  # such as h264; of pictures their suffix
-    backend: str  # the one to read it with: "decord"; "pyav" where times are missing or frames come out of order; "pictures"; "npy"
+    backend: str  # the one to read it with: "decord"; "pyav" for H.264, and where times are missing or frames come out of order; "pictures"; "npy"
 
 
 def probe(
