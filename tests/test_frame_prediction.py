@@ -63,7 +63,7 @@ def test_shorter_windows_subsets_and_answers():
 
 
 def test_codes_are_those_of_each_frame():
-    model, clips = HRVQVAE.tiny().train(), held_world(MovingDigits(num_clips=2, num_frames=5, size=32), 1)
+    clips = held_world(MovingDigits(num_clips=2, num_frames=5, size=32), 1)
     model = HRVQVAE.tiny(image_size=32).train()
     coded, alone = clips.with_codes(model, batch_frames=3), clips.with_codes(model, frames_too=False)
     assert model.training and torch.equal(coded.batch([1])["codes"], model.eval().encode(clips.batch([1])["frames"]))
@@ -163,7 +163,7 @@ def test_kth_that_is_not_there(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("changes, text", [
-    ({"data": "mnist"}, "did you mean 'moving_mnist'"), ({"context_frames": 0}, "context_frames"), ({"image_size": 32}, "quantizer.image_size"), ({"channels": 3}, "quantizer.channels"),
+    ({"data": "movingmnist"}, "did you mean 'moving_mnist'"), ({"context_frames": 0}, "context_frames"), ({"image_size": 32}, "quantizer.image_size"), ({"channels": 3}, "quantizer.channels"),
     ({"channels": 2}, "channels"), ({"test_future_frames": 3}, "test_future_frames"), ({"rivals": {"convlstm": {}}}, "did you mean 'conv_lstm'"), ({"rivals": {"simvp": {"depth": -1}}}, "depth"),
     ({"joint_weight": -0.1}, "joint_weight"), ({"image_size": 32, "quantizer": HRVQVAEConfig(image_size=32)}, "expected 64"),
 ])

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'help_text', 'load_command', 'parse', 'main']
 
-# %% ../../nbs/90_app/92_cli.ipynb #704ae986
+# %% ../../nbs/90_app/92_cli.ipynb #bf8d4271
 import sys
 from importlib import import_module
 
 from .. import __version__
 from ..core import InputError, check_choice
 
-# %% ../../nbs/90_app/92_cli.ipynb #cf15f108
+# %% ../../nbs/90_app/92_cli.ipynb #44fa2819
 COMMANDS = {
-    "demo": ("fvlm.app.demo:DemoCommand", "real clips, a real ViT, SC-VFP against the trivial predictors, a report"),
+    "demo": ("fvlm.app.demo:DemoCommand", "real clips, real weights, a model against its trivial rivals, a report"),
     "embed": ("fvlm.app.commands:EmbedCommand", "embed every frame of a folder of videos, once, into a cache"),
-    "train": ("fvlm.app.sc_vfp_commands:TrainCommand", "train SC-VFP on a folder of videos or on generated worlds"),
+    "train": ("fvlm.app.sc_vfp_commands:TrainCommand", "train a recipe: SC-VFP or the foveated VLM, on videos or on worlds"),
     "evaluate": ("fvlm.app.sc_vfp_commands:EvaluateCommand", "judge a trained run against the trivial predictors"),
     "predict": ("fvlm.app.sc_vfp_commands:PredictCommand", "the future of a clip as a trained run sees it, beside what came"),
+    "caption": ("fvlm.app.foveation_commands:CaptionCommand", "what a trained foveated VLM says of a clip, and where it looked"),
     "study": ("fvlm.app.sc_vfp_commands:StudyCommand", "run or go on with a grid of runs"),
     "weights": ("fvlm.app.commands:WeightsCommand", "list, find or get pretrained weights and sample clips"),
     "runs": ("fvlm.app.runs_commands:RunsCommand", "find, show and compare runs by their records"),
@@ -26,7 +27,7 @@ COMMANDS = {
     "doctor": ("fvlm.app.doctor:DoctorCommand", "check this machine: decoder, weights, threads, bf16, disk"),
 }
 
-# %% ../../nbs/90_app/92_cli.ipynb #ca76b893
+# %% ../../nbs/90_app/92_cli.ipynb #47363c22
 def help_text() -> str:
     "What `fvlm --help` prints: every command with its line."
     width = max(map(len, COMMANDS))
@@ -38,7 +39,7 @@ def help_text() -> str:
         "--debug, anywhere, shows where an error came from; --version shows the version.",
     ])
 
-# %% ../../nbs/90_app/92_cli.ipynb #90e60675
+# %% ../../nbs/90_app/92_cli.ipynb #5bd07f87
 def load_command(
     name: str,  # one of COMMANDS
 ) -> type:
@@ -61,6 +62,7 @@ def parse(
     options = {"prog": f"fvlm {name}", "config": (tyro.conf.FlagCreatePairsOff,)}
     if hasattr(command, "chosen"):
         options["default"], arguments = command.chosen(arguments)
+        command = type(options["default"])
     try:
         return tyro.cli(command, args=arguments, **options)
     except SystemExit as stop:
@@ -69,7 +71,7 @@ def parse(
             print("\n".join(["examples:", *(f"  {example}" for example in examples)]))
         raise
 
-# %% ../../nbs/90_app/92_cli.ipynb #66c816d9
+# %% ../../nbs/90_app/92_cli.ipynb #3c7f7aa3
 def main(
     argv: list[str] | None = None,  # the words after `fvlm`; None reads them from the command line
 ) -> int:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESIZE_PIXELS', 'DTYPES', 'Preprocessing', 'fast_dtype', 'state_sha256', 'FrameEmbedder', 'as_frames']
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #e73762a0
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #780407fc
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, InputError, NonFiniteError, ShapeError, check_choice, check_range, generator
 from .pretrained import POSITIONS, build_vit, resolve, weights_named
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #ae54cd6e
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #7ac8e0bf
 RESIZE_PIXELS = 4_000_000
 
 
@@ -53,7 +53,7 @@ class Preprocessing:
             return x
         return F.interpolate(x, size=(self.size, self.size), mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #360235ac
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #ff278c7e
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -81,7 +81,7 @@ def state_sha256(
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #6b928b12
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #88a95bfc
 class FrameEmbedder(nn.Module):
     "A frozen image encoder that gives one vector a frame, float32, and knows its fingerprint."
 
@@ -106,7 +106,7 @@ class FrameEmbedder(nn.Module):
             raise InputError(f"model: expected forward_intermediates (a ViT) or forward_features (a CNN), {type(model).__name__} has neither")
         depth = len(model.blocks) if self.is_vit else None
         check_choice("pooling", pooling, ("cls", "mean"))
-        if pooling == "cls" and not (self.is_vit and model.num_prefix_tokens):
+        if pooling == "cls" and not (self.is_vit and model.num_prefix_tokens and getattr(model, "cls_token", True) is not None):
             raise ConfigError(f"pooling: got 'cls', but {name} has no class token; expected 'mean'")
         if layer is not None and depth is None:
             raise ConfigError(f"layer: got {layer}, but {name} is not a transformer; expected None")
@@ -152,7 +152,8 @@ class FrameEmbedder(nn.Module):
         "A random, untrained ViT (32 px, patch 8, 32 dimensions, 2 layers) called 'random_tiny': for tests and lessons, never for results."
         from timm.models.vision_transformer import VisionTransformer
 
-        model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+        with torch.random.fork_rng(devices=[]):  # building draws from the global generator: as if it had not
+            model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
         draw = generator(seed, "random_tiny")
         for key, value in model.state_dict().items():
             if "norm" not in key:
@@ -224,11 +225,11 @@ class FrameEmbedder(nn.Module):
             if features.ndim != 4 or features.shape[1] != self.embed_dim:
                 raise ShapeError(f"model: forward_features of {self.name} gives {tuple(features.shape)}, expected (n, {self.embed_dim}, h, w)")
             return features.flatten(2).transpose(1, 2), None
-        ((patches, prefix),) = self.model.forward_intermediates(x, indices=[self.layer - 1], return_prefix_tokens=True, norm=True, stop_early=True,
-                                                                output_fmt="NLC", intermediates_only=True)
-        return patches, prefix[:, 0] if prefix.shape[1] else None
+        (found,) = self.model.forward_intermediates(x, indices=[self.layer - 1], return_prefix_tokens=True, norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True)
+        patches, prefix = found if isinstance(found, tuple) else (found, None)  # without prefix tokens timm gives the patches alone
+        return patches, None if prefix is None or not prefix.shape[1] else prefix[:, 0]
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #e9acafc2
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #3432bd21
 def as_frames(
     frames: Tensor,  # (B,T,3,H,W) float in [0,1] or uint8, or (T,H,W,3) uint8
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -245,7 +246,7 @@ def as_frames(
     if frames.dtype != torch.uint8:
         if not frames.is_floating_point():
             raise InputError(f"frames: expected uint8 or float, got {frames.dtype}")
-        low, high = (float(v) for v in frames.aminmax())
+        low, high = (float(v) for v in frames.detach().aminmax())
         if not (low > float("-inf") and high < float("inf")):  # NaN fails both comparisons
             raise NonFiniteError("frames: hold NaN or Inf, expected values in [0, 1]")
         if low < -1e-3 or high > 1 + 1e-3:

@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'CONVENTIONS', 'Cell', 'cells_of', 'by_clip_and_frame', 'fro
            'gigaflops_per_step', 'described', 'run_cell', 'run_trivial', 'run_foveation_grid', 'at_equal_flops',
            'errors_from_records', 'protocols', 'grid_table']
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #6b2f026a
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #1c91b76f
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from ..recipes.encoded_clips import FoveationClips
 from ..recipes.foveated_vlm import FoveationRecipe, Parts, build, load_parts, open_clips, target_shape_of, train_twin
 from ..training.records import RunRecord, config_differences, plain_data, read_records, write_record
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #95e4edab
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #cb1f7e9f
 PLAIN = "plain"
 
 
@@ -69,7 +69,7 @@ def cells_of(
         check_choice("ideas", idea, (PLAIN, *IDEAS))
     return [Cell(setting=setting, head=head, idea=idea, arm=arm, seed=seed) for seed in seeds for setting in settings for head in heads for idea in ideas for arm in ARMS]
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #44a39ed8
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #541aa3fa
 CONVENTIONS = {"*_frame_*": "mean squared error of one frame's prediction in the space of the target, mean over channels and sites; frames counted from 1",
                "gigaflops_per_step": "floating-point operations of one forward and backward of a batch, counted operator by operator, in 1e9"}
 
@@ -132,7 +132,7 @@ def described(
     "The recipe as plain data; a folder of yours is named by its last part only."
     return plain_data(replace(recipe, source=Path(recipe.source).name) if Path(recipe.source).is_absolute() else recipe)
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #bbc30277
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #2ea6d516
 def run_cell(
     cell: Cell,  # which
     recipe: FoveationRecipe,  # the cell's own
@@ -258,7 +258,7 @@ def _opened(recipe: FoveationRecipe) -> tuple[Parts, dict[str, FoveationClips]]:
     parts = load_parts(recipe)
     return parts, open_clips(recipe, parts)
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #2e065875
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #28909039
 def errors_from_records(
     records: Sequence[RunRecord],  # of a study
     setting: str,  # which setting
@@ -280,7 +280,7 @@ def errors_from_records(
     if len({record.data_fingerprint for record in used}) > 1:
         raise InputError(f"records: the cells of {setting}--{head}--{idea} saw different clips; they cannot be compared")
     frames = used[0].config["frames"]
-    stacked = lambda arm, name: np.stack([from_record(cell(arm, seed), name, frames=frames) for seed in whole])
+    stacked = lambda arm, name: np.stack([np.nan_to_num(from_record(cell(arm, seed), name, frames=frames)) for seed in whole])  # flow has no frame 1, and no headline begins there
     looks = {kind: stacked("fine", f"look_{kind}") for kind in QUERY_LOOKS if kind != "own"}
     return FoveationErrors(fine=stacked("fine", "fine"), untrained_coarse=stacked("fine", "coarse"), joint_fine=stacked("both", "fine"), joint_coarse=stacked("both", "coarse"),
                            coarse=stacked("coarse", "coarse"), swapped={"own": stacked("fine", "fine"), **looks},

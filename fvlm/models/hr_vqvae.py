@@ -6,7 +6,7 @@
 __all__ = ['QUANTIZERS', 'PRESETS', 'HRVQVAEConfig', 'grey64_stride4', 'grey64_stride8', 'rgb64_stride4', 'rgb64_stride8', 'tiny',
            'ResidualBlock', 'frame_encoder', 'frame_decoder', 'checked_frames', 'frames_of', 'HRVQVAE']
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #7ad3e370
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #bfe3236d
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..core import ConfigError, InputError, NonFiniteError, check_choice, check_
 from .saved_model import StrictlySaved
 from .sc_vfp import _drawn_from
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #61cca99c
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #80579fee
 QUANTIZERS = {"tree": "path", "flat": "shared", "single": "path"}
 
 
@@ -41,7 +41,7 @@ class HRVQVAEConfig:
     num_codes: int = 16  # m, codewords in a book
     quantizer: str = "tree"  # "tree": a book for every path; "flat": a book a level; "single": plain VQ
     commitment_weight: float = 0.25  # beta, >= 0
-    data_variance: float = 0.05  # the squared error of the pixels is divided by it; about 0.05 for Moving-MNIST, 0.06 for KTH
+    data_variance: float = 0.05  # the squared error of the pixels is divided by it; about 0.05 for Moving-MNIST, 0.03 for KTH
     decay: float = 0.95  # of the codebooks' running means, in [0, 1); 0.99 takes several hundred steps to notice a dead code
     restart_below: float | None = 0.03  # a code is dead at this share of its book's mean count, in [0, 0.5]; None: never
 
@@ -107,7 +107,7 @@ class HRVQVAEConfig:
             check_choice("config field", name, [field.name for field in dataclasses.fields(cls)])
         return cls(**values)
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #60b6e251
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #fa62a614
 def grey64_stride4() -> dict:
     "Grey 64x64 at stride 4: 16x16 sites, three levels of 16. Cost: a minute or two on one core for digits; `num_codes=8` for the smaller tree."
     return dict(image_size=64, channels=1, stride=4)
@@ -135,7 +135,7 @@ def tiny() -> dict:
 
 PRESETS = {preset.__name__: preset for preset in (grey64_stride4, grey64_stride8, rgb64_stride4, rgb64_stride8, tiny)}
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #600db8dc
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #91c6f3a9
 class ResidualBlock(nn.Module):
     "x plus two 3x3 convolutions of its normalised self."
 
@@ -176,7 +176,7 @@ def frame_decoder(
     blocks = [ResidualBlock(config.width) for _ in range(config.depth)]
     return nn.Sequential(nn.Conv2d(config.embed_dim, config.width, 3, padding=1), *blocks, nn.GroupNorm(1, config.width), nn.ReLU(), *layers)
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #bcc5c7af
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #f7bdb757
 def checked_frames(
     name: str,  # the argument's name, for the message
     frames: Tensor,  # (B, T, C, H, W) floating point in [0, 1]
@@ -212,7 +212,7 @@ def frames_of(
         raise InputError(f'batch: expected a dict with "frames" of shape (B, T, C, H, W), got {came}')
     return checked_frames('batch["frames"]', batch["frames"], **sizes)
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #1c33838e
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #a6b44ff8
 class HRVQVAE(nn.Module, StrictlySaved):
     """Frames to codes and back.
 

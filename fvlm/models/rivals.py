@@ -6,7 +6,7 @@
 __all__ = ['RIVALS', 'FramePredictorConfig', 'FramePredictor', 'ConvLSTMConfig', 'ConvLSTM', 'SimVPConfig', 'GatedSpatialBlock',
            'SimVP', 'PixelCopyLast', 'PixelLinear']
 
-# %% ../../nbs/50_models/59_rivals.ipynb #e17150ae
+# %% ../../nbs/50_models/59_rivals.ipynb #fb65ac2a
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .hr_vqvae import checked_frames, frames_of
 from .saved_model import StrictlySaved
 from .sc_vfp import _drawn_from
 
-# %% ../../nbs/50_models/59_rivals.ipynb #5c2b8d58
+# %% ../../nbs/50_models/59_rivals.ipynb #749f7a32
 @dataclass(frozen=True, kw_only=True)
 class FramePredictorConfig:
     """What every predictor of frames must know.
@@ -125,7 +125,7 @@ class FramePredictor(nn.Module, StrictlySaved):
 def _folded(frames: Tensor, patch: int) -> Tensor:  # (N, C, H, W) -> (N, C patch^2, H/patch, W/patch), channels last in memory
     return F.pixel_unshuffle(frames, patch).contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/50_models/59_rivals.ipynb #6eb4b4ae
+# %% ../../nbs/50_models/59_rivals.ipynb #b9aab191
 @dataclass(frozen=True, kw_only=True)
 class ConvLSTMConfig(FramePredictorConfig):
     "What a ConvLSTM is made of."
@@ -199,7 +199,7 @@ class ConvLSTM(FramePredictor):
         "Grey frames of 16x16, 3 seen and 2 predicted."
         return cls(ConvLSTMConfig.from_dict({**dict(image_size=16, context_frames=3, future_frames=2, widths=(8,)), **changes}), seed=seed)
 
-# %% ../../nbs/50_models/59_rivals.ipynb #a40b221a
+# %% ../../nbs/50_models/59_rivals.ipynb #f2fcc171
 @dataclass(frozen=True, kw_only=True)
 class SimVPConfig(FramePredictorConfig):
     "What a small SimVP is made of."
@@ -304,7 +304,7 @@ class SimVP(FramePredictor):
 
 RIVALS = {"conv_lstm": (ConvLSTM, ConvLSTMConfig), "simvp": (SimVP, SimVPConfig)}
 
-# %% ../../nbs/50_models/59_rivals.ipynb #becae690
+# %% ../../nbs/50_models/59_rivals.ipynb #89b1ee58
 class PixelCopyLast:
     "Predicts that nothing changes: the last frame again."
 

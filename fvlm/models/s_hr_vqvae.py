@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'EMBEDDINGS', 'SHRVQVAEConfig', 'expected_codewords', 'brightness_centres', 'constant_velocity_loss',
            'SHRVQVAE']
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #de49c437
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #3c9e1e24
 import dataclasses
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .hr_vqvae import HRVQVAE, HRVQVAEConfig, checked_frames, frames_of
 from .saved_model import StrictlySaved
 from .sc_vfp import _drawn_from
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #79db87ca
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #cf0010a6
 STAGES = {
     "disjoint": "the predictor learns codes; encoder, codebooks and decoder are frozen",
     "joint": "predictor and decoder learn together, the pixel term passing through a Gumbel-softmax; encoder and codebooks are frozen",
@@ -84,7 +84,7 @@ class SHRVQVAEConfig:
             tree.num_codes, tree.num_levels, grid=self.hr_vqvae.grid, channels=self.channels, depth=self.depth, kernel=self.kernel, attention_every=self.attention_every,
             num_heads=self.num_heads, attention_frames=self.attention_frames, tree=tree if self.embeddings == "tree" else None, books=tree.books)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #ffa81b44
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #8b0ad013
 def expected_codewords(
     logits: Tensor,  # (B,T,L,h,w,m) of a predictor that saw the true codes before each
     codes: Tensor,  # (B,T,L,h,w) the true codes: they say which books are open
@@ -106,7 +106,7 @@ def expected_codewords(
         parts.append((share.unsqueeze(-2) @ tree.active_book(sites[..., :level])).squeeze(-2))
     return sum(parts).movedim(-1, 2)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #60fcc0c7
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #1fb43382
 def brightness_centres(
     frames: Tensor,  # (B,T,C,H,W), dark background; values below 0 count as 0
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def constant_velocity_loss(
     judged = (visible & (true_acceleration.detach().norm(dim=-1) < tolerance)).to(acceleration.dtype)
     return (acceleration.square().sum(-1) * judged).sum() / judged.sum().clamp(min=1)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #960d2723
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #d7ffdc69
 class SHRVQVAE(nn.Module, StrictlySaved):
     """Predicts frames: encode, predict codes, decode.
 

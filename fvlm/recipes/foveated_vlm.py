@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'MOVING', 'TWINS', 'FOVEATION_RECIPES', 'FoveationRecipe', 'Parts', 'load_parts', 'open_clips', 'read_by',
-           'target_shape_of', 'build', 'train_twin', 'errors_by_frame', 'heads', 'phase1', 'phase2', 'phase3',
-           'captions', 'gaze', 'tiny', 'load_foveation_recipe']
+           'target_shape_of', 'build', 'train_twin', 'errors_by_frame', 'heads', 'heads_short', 'phase1', 'phase2',
+           'phase3', 'captions', 'gaze', 'tiny', 'load_foveation_recipe']
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #f7b74505
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #514efc07
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ from .encoded_clips import EncodedClips, FoveationClips
 from .foveation_clips import listed_videos, video_clips, world_clips
 from ..training.loop import TrainConfig, TrainResult, train
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #a1ff7e90
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #f0a0d71d
 SOURCES = {
     "videos": "the real videos of $FVLM_DATA by their list, see `datasets`",
     "samples": "three real sample clips, no download beyond one small wheel",
@@ -47,7 +47,7 @@ MOVING = ("ucf101", "kth", "hmdb51", "kinetics400", "msvd", "something", "intel_
 class FoveationRecipe:
     "A complete run of the foveated VLM."
 
-    source: str = "videos"  # one of SOURCES, or a folder of yours
+    source: str = "videos"  # one of SOURCES, several joined by "+", or a folder of yours
     datasets: tuple[str, ...] = MOVING  # of the list of "videos"
     world_clips: int = 256  # how many clips a generated world has
     frames: int = 8  # T, frames of a clip
@@ -61,7 +61,7 @@ class FoveationRecipe:
     words: bool = False  # clips come with their captions and questions
     model: FoveationConfig = field(default_factory=FoveationConfig)  # the twelve switches, the head, the sizes
     match_heads: bool = False  # every head gets the width at which its parameter count is nearest to FiLM's
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, batch_size=8, learning_rate=3e-4, precision="bf16", log_every=10))  # optimisation
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=300, batch_size=8, learning_rate=3e-4, precision="bf16", log_every=10))  # optimisation
     split_seed: int = 0  # which draw of the training and test sides
 
     def __post_init__(self):
@@ -69,10 +69,11 @@ class FoveationRecipe:
         for name in ("gap", "per_video", "world_clips"):
             check_range(name, getattr(self, name), 1, integer=True)
         check_range("image_size", self.image_size, 8, 4096, integer=True)
-        if self.source not in SOURCES and not Path(self.source).is_dir():
-            check_choice("source", self.source, SOURCES)
+        if not Path(self.source).is_dir():
+            for name in self.source.split("+"):
+                check_choice("source", name, SOURCES)
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #27249834
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #c372b7cc
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     "The pretrained parts of a run, shared between its models."
@@ -96,9 +97,9 @@ def load_parts(
     encoder = VisionEncoder.tiny(image_size=recipe.encoder_size) if recipe.encoder == "tiny" else \
         VisionEncoder.from_pretrained(recipe.encoder, image_size=recipe.encoder_size, download=download)
     language_model = LanguageModel.tiny() if recipe.language_model == "tiny" else LanguageModel.from_pretrained(recipe.language_model, download=download)
-    return Parts(encoder=encoder, codec=load_codec(recipe.codec), language_model=language_model)
+    return Parts(encoder=encoder, codec=load_codec(recipe.codec, download=download), language_model=language_model)
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #39c76b14
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #15684c11
 def open_clips(
     recipe: FoveationRecipe,  # which clips
     parts: Parts,  # what encodes them
@@ -128,11 +129,14 @@ def read_by(
 ) -> tuple[str, ...]:
     "The tensors of a clip that such a model reads when the encoder is frozen; the frames themselves where it is trained."
     looks = ("video",) if config.encoder_train != "none" else ("keys", "values") if config.attention_mode == "deep" else ("keys", "values", "patches", "cls")
-    return *looks, "latents", *{"flow": ("flow",), "patches": ("patches",), "pixels": ("video",)}.get(config.target, ())
+    centres = ("patches",) if config.contrastive_weight > 0 and config.contrastive_kind == "centred" else ()
+    return *looks, "latents", *centres, *{"flow": ("flow",), "patches": ("patches",), "pixels": ("video",)}.get(config.target, ())
 
 
 def _clips_of(recipe: FoveationRecipe, *, download: bool, progress: bool) -> list:
     "What there is before it is encoded."
+    if "+" in recipe.source and not Path(recipe.source).is_dir():
+        return [clip for name in recipe.source.split("+") for clip in _clips_of(replace(recipe, source=name), download=download, progress=progress)]
     if recipe.source in ("sprites", "cued"):
         common = dict(num_clips=recipe.world_clips, num_frames=recipe.frames, size=recipe.image_size, seed=recipe.split_seed, speed=(recipe.image_size / 32, recipe.image_size / 12))
         world = BouncingSprites(distractors=2, **common) if recipe.source == "sprites" else CuedTarget(distractors=2, cue="caption", **common)
@@ -143,9 +147,11 @@ def _clips_of(recipe: FoveationRecipe, *, download: bool, progress: bool) -> lis
         root = shared_data()
         if root is None or not (root / "videos" / "MANIFEST.tsv").is_file():
             raise InputError("source: 'videos' needs the folder videos with its MANIFEST.tsv in $FVLM_DATA; or name a folder of yours, or 'samples'")
-        known = {name: item for dataset in recipe.datasets for name, item in _known_items(root, dataset).items()}
+        cards = {dataset: _known_items(root, dataset) for dataset in recipe.datasets}
+        known = {name: item for items in cards.values() for name, item in items.items()}
         group = lambda dataset, file: known[file].group if file in known else file
-        folder = VideoFolder.from_items(listed_videos(root / "videos", datasets=recipe.datasets, group=group, ranges=lambda file: known[file].ranges if file in known else None), **windows)
+        items = listed_videos(root / "videos", datasets=recipe.datasets, group=group, ranges=lambda file: known[file].ranges if file in known else None)
+        folder = VideoFolder.from_items([item for item in items if item.name in known or not cards[item.name.split("/")[0]]], **windows)  # of a carded set, what its card knows: who is in a stray file?
     elif recipe.source == "samples":
         folder = VideoFolder(next(iter(sample_clips(download=download).values())).parent, **windows)
     else:
@@ -160,7 +166,7 @@ def _known_items(root: Path, dataset: str) -> dict:
     lists = {"sequences": root / "kth_sequences.txt"} if dataset == "kth" else None
     return {f"{dataset}/{item.name}": item for item in open_dataset(dataset, root / "videos" / dataset, annotations=lists, strict=False).items}
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #e11bf183
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #b053395a
 TWINS = {
     "fine": "the loss of the fine pass alone: what the source trained (R0), and R2's fine twin",
     "coarse": "the loss of the coarse pass alone: R2's coarse twin, the honest rival",
@@ -230,15 +236,24 @@ def errors_by_frame(
             found.setdefault(name, []).append(errors.float())
     return {name: torch.cat(rows) for name, rows in found.items()}
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #a6d898c2
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #97084210
 def heads() -> FoveationRecipe:
     """The source's comparison of prediction heads: which head lets a gaze pay?
 
     Source: 1,000 steps of effective batch 8, FiLM against others. Cost: see the study, three to ten minutes a twin on one core.
-    Deviations: 200 steps first; 128 px latents (4,16,16) and a 126 px view instead of 256 and 224 px; the language model is frozen but for
+    Deviations: 300 steps first; 128 px latents (4,16,16) and a 126 px view instead of 256 and 224 px; the language model is frozen but for
     low-rank adapters of rank 8; heads of equal parameter counts; local clips instead of streamed ones; keys, values and latents are cached.
     """
     return FoveationRecipe(match_heads=True, model=FoveationConfig(language_train="lora:8"))
+
+
+def heads_short() -> FoveationRecipe:
+    """`heads` in 120 steps: the first record, for three seeds in an hour on two cores.
+
+    Source: as `heads`. Deviations: as `heads`, and shorter still.
+    """
+    recipe = heads()
+    return replace(recipe, training=replace(recipe.training, steps=120))
 
 
 def phase1() -> FoveationRecipe:
@@ -291,7 +306,7 @@ def tiny() -> FoveationRecipe:
                            model=FoveationConfig(query_dim=24, head_width=16), training=TrainConfig(steps=4, batch_size=4, learning_rate=1e-3, log_every=1))
 
 
-FOVEATION_RECIPES = {recipe.__name__: recipe for recipe in (heads, phase1, phase2, phase3, captions, gaze, tiny)}
+FOVEATION_RECIPES = {recipe.__name__: recipe for recipe in (heads, heads_short, phase1, phase2, phase3, captions, gaze, tiny)}
 
 
 def load_foveation_recipe(

@@ -7,11 +7,10 @@ __all__ = ['TASKS', 'TILE', 'GRID', 'GROUND', 'DOT', 'NOISE', 'ARMS', 'LEARNING_
            'PlantedClips', 'planted_clips', 'planted_encoder', 'EncodedClips', 'PlantedRecipe', 'PlantedData',
            'planted_data', 'planted_model', 'planted_twins', 'write_planted', 'read_planted']
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #fc005905
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #ae47d821
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from ..models.foveation_config import FoveationConfig
 from ..training.loop import TrainConfig, train
 from ..training.records import read_records, write_record
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #0db41e7a
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #6bf4115f
 TASKS = {
     "weather": "the frame has one colour, which the next latent follows: looking cannot help",
     "search": "the ground names the tile whose dot the next latent follows: looking must help",
@@ -95,7 +94,7 @@ def _enlarged(matters: Tensor) -> Tensor:
     "(n,T,H,W) from a tile's flag."
     return matters.unflatten(2, (GRID, GRID)).repeat_interleave(TILE, 2).repeat_interleave(TILE, 3)
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #966d5d7f
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #394e5cae
 def planted_encoder(
     seed: int = 0,  # of the rotations
     *,
@@ -133,7 +132,7 @@ def planted_encoder(
             block.mlp.fc2.weight.copy_(rotation(embed_dim, 2 * embed_dim, 0.5))
     return VisionEncoder(FrameEmbedder(model, name="planted_encoder", preprocessing=Preprocessing(size=GRID * TILE), pooling="mean", dtype="fp32", batch_frames=512))
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #b2a77cf2
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #65ca0b4d
 class EncodedClips:
     "Planted clips with the encoder's keys and values: `batch(indices)` is what a foveated model takes."
 
@@ -158,7 +157,7 @@ class EncodedClips:
         "keys, values (B,T,depth,heads,10,head_dim), latents (B,T,3,1,1), clip (B,)."
         return {name: values[indices] for name, values in self.tensors.items()}
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #5b6a065d
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #45301d76
 ARMS = ("fine", "coarse", "both")
 LEARNING_RATES = {"weather": 3e-3, "search": 1.5e-3}  # the same for all arms of a task; the search collapses to its mean at twice its rate
 
@@ -229,7 +228,7 @@ def planted_twins(
         train(model, {"train": data.train}, config, progress=progress)
     return models
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #c1b24fa4
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #ed1d7c36
 STUDY, HEADLINE = "planted_foveation", 3  # the study's name; the first headline frame, counted from 1
 CONVENTION = "squared error averaged over the latent's three numbers, and by clip over frames 3 to T; latents have variance 1"
 
