@@ -185,6 +185,43 @@ def test_weights_get_converts_a_language_model(own_home, capsys, monkeypatch):
     assert "  here  " in line and "lossy" in line
 
 
+@pytest.mark.parametrize("name", ["taesd", "sd_vae_ft_mse"])
+def test_weights_get_knows_the_codecs_and_replaces_a_damaged_one(own_home, tmp_path, capsys, monkeypatch, name):
+    from fvlm.encoders.latents import resolve_codec
+
+    monkeypatch.setenv("FVLM_DATA", str(tmp_path / "no data"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file, asked = tmp_path / "diffusion_pytorch_model.safetensors", []
+    file.write_bytes(b"weights")
+
+    def hub(repository, filename, **options):
+        asked.append((repository, filename))
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    assert main(["weights", "get", name]) == 0 and len(asked) == 1
+    assert capsys.readouterr().out.startswith(f"{name} from hub: {name}.safetensors, 0 MB, sha256 ")
+    assert main(["weights", "get", name]) == 0 and "from cache" in capsys.readouterr().out and len(asked) == 1
+    kept = own_home / "weights" / f"{name}.safetensors"
+    kept.write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match=f"run `fvlm weights get {name}` to replace it"):
+        resolve_codec(name)
+    assert main(["weights", "get", name]) == 0 and len(asked) == 2 and kept.read_bytes() == b"weights"  # the advice works
+    capsys.readouterr()
+    assert main(["weights", "list"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(name)]
+    assert "  here  " in line and "autoencoder" in line
+
+
+def test_weights_list_says_what_lies_in_the_shared_data(own_home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FVLM_DATA", str(tmp_path))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "taesd.safetensors").write_bytes(b"")
+    assert main(["weights", "list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "  shared  " in lines["taesd"] and "shared" not in lines["sd_vae_ft_mse"].split()
+
+
 # --- embed -----------------------------------------------------------------------------------------------------------
 
 def test_embed_a_folder_twice(tmp_path, tiny_encoder, capsys):

@@ -8,7 +8,8 @@ from fvlm.blocks.targets import shifted, to_latent
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError, WeightsError
 from fvlm.encoders.keys_values import VisionEncoder
 from fvlm.encoders.language_model import LanguageModel
-from fvlm.models.foveated_vlm import FoveatedVLM, visual_tokens, with_end
+from fvlm.models.foveated_parts import visual_tokens, with_end
+from fvlm.models.foveated_vlm import FoveatedVLM
 from fvlm.models.foveation_config import IDEAS, PRESETS, FoveationConfig, with_idea
 
 B, T = 2, 5

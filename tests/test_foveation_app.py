@@ -286,13 +286,19 @@ def test_demo_page_is_one_honest_file(demo, tmp_path):
     assert "nan" not in re.sub(r"base64,[^\"']+", "", page).lower().split()
 
 
-def test_heads_alone_are_told_apart_by_where_they_can_answer():
+def test_heads_alone_learn_and_are_of_one_size():
     draw = torch.Generator().manual_seed(0)
-    make = lambda n: (torch.randn(n, 5, 24, generator=draw), torch.randn(n, 5, 4, 8, 8, generator=draw), torch.randn(n, 5, 4, 8, 8, generator=draw))
-    rows = {row.head: row for row in compared_heads(make(8), make(8), steps=2, width=16)}
-    assert set(rows) == set(HEADS) and all(-0.5 <= row.authority <= 1 for row in rows.values())
-    assert rows["spatial_film"].authority > rows["film"].authority
-    assert max(row.parameters for row in rows.values()) < 1.5 * min(row.parameters for row in rows.values())
+
+    def copying(n):
+        previous = torch.randn(n, 5, 4, 4, 4, generator=draw)
+        return torch.randn(n, 5, 24, generator=draw), previous, previous
+
+    train, test = copying(8), copying(4)
+    short, long, again = ({row.head: row for row in compared_heads(train, test, steps=steps, samples=4, directions=4, width=16)} for steps in (1, 30, 30))
+    assert set(short) == set(HEADS) and again == long
+    assert all(long[name].error < short[name].error for name in HEADS)
+    assert all(-0.5 <= row.authority <= 1 for row in long.values())
+    assert max(row.parameters for row in long.values()) < 1.5 * min(row.parameters for row in long.values())
 
 
 def test_demo_looks_at_nothing_and_says_so(demo, tmp_path):

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError, generator
-from fvlm.evidence.foveation_protocol import (
-    FoveationErrors, Ratio, coarse_over_fine, foveation_protocol, gradient_routes, measure, path_errors, trivial_rows,
-)
+from fvlm.evidence.foveation_protocol import FoveationErrors, Ratio, coarse_over_fine, foveation_protocol, gradient_routes, measure, path_errors
 from fvlm.models.foveated_vlm import FoveatedVLM
 
 
@@ -126,22 +124,6 @@ def test_shapes_and_frames_that_do_not_fit():
     column = {name: value[..., 2:].mean(-1, keepdims=True) for name, value in vars(errors()).items() if isinstance(value, np.ndarray)}
     headline = replace(errors(), **column, swapped={"static": 1.2 * column["fine"]})
     assert foveation_protocol(headline, first_frame=1).ratios["R0"].estimate == pytest.approx(foveation_protocol(errors()).ratios["R0"].estimate)
-
-
-# --- trivial rows ----------------------------------------------------------------------------------------------------
-
-def test_trivial_rows_by_hand():
-    steps = torch.arange(6.0)[None, :, None, None, None] * torch.randn(30, 1, 2, 1, 1, generator=generator(0, "steps")) + 1
-    rows = trivial_rows(steps[:15], steps[15:20], steps[20:])
-    assert {name: values.shape for name, values in rows.items()} == dict.fromkeys(("copy_last", "linear", "ridge"), (10, 6))
-    assert np.isnan(rows["copy_last"][:, 0]).all() and np.isfinite(rows["copy_last"][:, 1:]).all()
-    by_hand = (steps[20:, 1:] - steps[20:, :-1]).square().mean((2, 3, 4)).numpy()
-    assert np.allclose(rows["copy_last"][:, 1:], by_hand, rtol=1e-5)
-    assert np.nanmax(rows["linear"]) < 1e-9 and np.nanmax(rows["ridge"]) < 1e-4, "constant speed: both know the rule"
-    with pytest.raises(ShapeError, match="val"):
-        trivial_rows(steps, steps[:, :4], steps)
-    with pytest.raises(NonFiniteError, match="train"):
-        trivial_rows(steps * float("nan"), steps, steps)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

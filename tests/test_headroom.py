@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError, generator
-from fvlm.evidence.headroom import headroom, probe_errors, views_of
+from fvlm.evidence.headroom import headroom, probe_errors, trivial_rows, views_of
 
 SPLIT = {"train": range(60), "val": range(60, 80), "test": range(80, 110)}
 
@@ -81,3 +81,17 @@ def test_bad_input():
         views_of(patches, location=location[:, :, :3])
     with pytest.raises(NonFiniteError, match="mean_pool"):
         views_of(patches * float("inf"))
+
+
+def test_trivial_rows_by_hand():
+    steps = torch.arange(6.0)[None, :, None, None, None] * torch.randn(30, 1, 2, 1, 1, generator=generator(0, "steps")) + 1
+    rows = trivial_rows(steps[:15], steps[15:20], steps[20:])
+    assert {name: values.shape for name, values in rows.items()} == dict.fromkeys(("copy_last", "linear", "ridge"), (10, 6))
+    assert np.isnan(rows["copy_last"][:, 0]).all() and np.isfinite(rows["copy_last"][:, 1:]).all()
+    by_hand = (steps[20:, 1:] - steps[20:, :-1]).square().mean((2, 3, 4)).numpy()
+    assert np.allclose(rows["copy_last"][:, 1:], by_hand, rtol=1e-5)
+    assert np.nanmax(rows["linear"]) < 1e-9 and np.nanmax(rows["ridge"]) < 1e-4, "constant speed: both know the rule"
+    with pytest.raises(ShapeError, match="val"):
+        trivial_rows(steps, steps[:, :4], steps)
+    with pytest.raises(NonFiniteError, match="train"):
+        trivial_rows(steps * float("nan"), steps, steps)

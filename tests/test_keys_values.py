@@ -216,6 +216,12 @@ def test_a_frozen_encoder_makes_no_graph_unless_the_frames_ask_for_one():
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------
 
+def test_building_one_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    VisionEncoder.tiny(**TINY)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_fingerprint_follows_the_weights():
     encoder = VisionEncoder.tiny(**TINY)
     assert encoder.fingerprint == VisionEncoder.tiny(**TINY).fingerprint == encoder.started_from

@@ -125,7 +125,7 @@ def test_the_full_run_holds_its_verdict(task):
 
 def test_the_fine_twin_learns_what_the_coarse_one_cannot():
     "A part of the full search in half a minute: one seed, the first signs."
-    recipe = PlantedRecipe(task="search", steps=150)
+    recipe = PlantedRecipe(task="search", steps=180)
     data = planted_data(recipe)
     models = planted_twins(recipe, data, 0, arms=("fine", "coarse"))
     fine, coarse = (path_errors(models[arm], data.test, passes=passes)[arm][:, 2:].mean() for arm, passes in (("fine", "both"), ("coarse", "coarse")))

@@ -212,7 +212,7 @@ def test_the_hub_is_used_last_and_kept(tmp_path, monkeypatch):
         return str(file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr(pretrained, "_hub_trouble", lambda: None)
+    monkeypatch.setattr(pretrained, "hub_trouble", lambda: None)
     found = resolve(SMALL, download=True)
     assert found.source == "hub" and asked == [(f"timm/{SMALL}", "model.safetensors", False)]
     assert resolve(SMALL).source == "cache" and len(asked) == 1

@@ -26,7 +26,7 @@ LAYERS = {
 }
 # The layer of data has more notebooks than ten numbers: generated worlds have their own folder, and come first.
 OWN_FOLDER = {"data.sprites": "05_worlds", "data.worlds": "05_worlds", "data.moving_mnist": "05_worlds",
-              "app.frame_demo": "85_frame_app", "app.frame_study": "85_frame_app"}
+              "app.frame_demo": "99_frame_app", "app.frame_arms": "99_frame_app", "app.frame_study": "99_frame_app"}
 EXPORTING_NOTHING = {"studies", "lessons"}
 MODEL_LIBRARIES = {"timm", "diffusers", "transformers"}
 NOTEBOOK_BYTES, FILE_BYTES, STATIC_BYTES = 300_000, 1_000_000, 2_000_000

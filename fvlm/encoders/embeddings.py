@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESIZE_PIXELS', 'DTYPES', 'Preprocessing', 'fast_dtype', 'state_sha256', 'FrameEmbedder', 'as_frames']
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #780407fc
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #99fc74c8
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, InputError, NonFiniteError, ShapeError, check_choice, check_range, generator
 from .pretrained import POSITIONS, build_vit, resolve, weights_named
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #7ac8e0bf
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #13088b79
 RESIZE_PIXELS = 4_000_000
 
 
@@ -53,7 +53,7 @@ class Preprocessing:
             return x
         return F.interpolate(x, size=(self.size, self.size), mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #ff278c7e
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #619d5499
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -81,7 +81,7 @@ def state_sha256(
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #88a95bfc
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #c638a38d
 class FrameEmbedder(nn.Module):
     "A frozen image encoder that gives one vector a frame, float32, and knows its fingerprint."
 
@@ -229,7 +229,7 @@ class FrameEmbedder(nn.Module):
         patches, prefix = found if isinstance(found, tuple) else (found, None)  # without prefix tokens timm gives the patches alone
         return patches, None if prefix is None or not prefix.shape[1] else prefix[:, 0]
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #3432bd21
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #02e1766d
 def as_frames(
     frames: Tensor,  # (B,T,3,H,W) float in [0,1] or uint8, or (T,H,W,3) uint8
 ) -> tuple[Tensor, tuple[int, int]]:

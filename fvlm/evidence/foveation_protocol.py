@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_EFFECT', 'EFFECT', 'RATIOS', 'Ratio', 'error_array', 'coarse_over_fine', 'FoveationErrors', 'Protocol',
-           'foveation_protocol', 'trivial_rows', 'path_errors', 'measure', 'GradientRoutes', 'gradient_routes',
-           'planted_study', 'recorded_errors']
+           'foveation_protocol', 'path_errors', 'measure', 'GradientRoutes', 'gradient_routes', 'planted_study',
+           'recorded_errors']
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #616811e0
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #da22ab18
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import InputError, NonFiniteError, ShapeError, check_finite, check_range, check_shape
+from ..core import InputError, NonFiniteError, ShapeError, check_range
+from .headroom import trivial_rows
 from .query_swaps import QUERY_LOOKS, SWAPS, batches_in_order, swap_errors
 from .statistics import paired_bootstrap
-from ..models.baselines import CopyLast, LinearExtrapolation, RidgeRegression
 from ..recipes.planted_foveation import ARMS, PlantedRecipe, planted_data, planted_twins, read_planted, write_planted
 from ..training.batches import evaluating
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #7a0a84c3
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #a0ea40a1
 NO_EFFECT, EFFECT = (0.97, 1.03), 1.05
 
 
@@ -92,7 +92,7 @@ def coarse_over_fine(
     return Ratio(estimate=estimate, low=low, high=high, detectable=detectable, per_frame=tuple(per_frame.tolist()), first_frame=first_frame,
                  seeds=found.seeds, clips=found.clips, confidence=confidence)
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #679f3c24
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #cd63bb4d
 RATIOS = {
     "R0": ("untrained coarse path / fine path of the same weights", "untrained_coarse", "fine"),
     "R1": ("coarse path / fine path, trained together", "joint_coarse", "joint_fine"),
@@ -135,7 +135,7 @@ class FoveationErrors:
         "(seeds, clips, T)."
         return self.swapped[name] if name in self.swapped else getattr(self, name)
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #dc57e2a8
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #599b6b6c
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     "R0 to R3, the absolute errors they come from, and the trivial rows."
@@ -206,33 +206,7 @@ def foveation_protocol(
               for name, (_, top, bottom) in RATIOS.items()}
     return Protocol(ratios=ratios, errors=errors, first_frame=first_frame)
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #5e34da15
-def trivial_rows(
-    train: Tensor,  # (n,T,...) targets of the training clips: latents, or flow, whatever is predicted
-    val: Tensor,  # (m,T,...) of validation clips, which choose ridge's penalty
-    test: Tensor,  # (clips,T,...) of the clips the models are judged on
-    *,
-    context: int = 2,  # frames that ridge sees
-) -> dict[str, np.ndarray]:
-    "copy_last, linear and ridge -> (clips, T) mean squared error; NaN in the frames with too little before them. Raises: ShapeError, NonFiniteError."
-    check_range("context", context, 1, test.shape[1] - 1, integer=True)
-    flat = {name: check_finite(name, part).flatten(2).float() for name, part in (("train", train), ("val", val), ("test", test))}
-    D = check_shape("test", flat["test"], "n T D")["D"]
-    for name, part in flat.items():
-        check_shape(name, part, "n T D", T=test.shape[1], D=D)
-
-    def windows(x, length):
-        return x.unfold(1, length + 1, 1)[..., :-1].movedim(-1, 2).flatten(0, 1), x[:, length:].flatten(0, 1)
-
-    ridge = RidgeRegression.select(windows(flat["train"], context), windows(flat["val"], context))
-    found = {}
-    for name, predictor, length in (("copy_last", CopyLast(), 1), ("linear", LinearExtrapolation(), 2), ("ridge", ridge, context)):
-        seen, wanted = windows(flat["test"], length)
-        error = (predictor({"embeddings": seen})["prediction"] - wanted).square().mean(-1).view(len(test), -1)
-        found[name] = np.pad(error.double().numpy(), ((0, 0), (length, 0)), constant_values=np.nan)
-    return found
-
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #6bc46f2f
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #29b4777b
 def path_errors(
     model,  # a foveated model
     dataset,  # has .batch(indices) -> batch, or [i]
@@ -276,7 +250,7 @@ def measure(
         fine=stacked(fine, "fine"), untrained_coarse=stacked(fine, "coarse"), joint_fine=stacked(both, "fine"), joint_coarse=stacked(both, "coarse"),
         coarse=np.stack(coarse), swapped={kind: stacked(looks, kind) for kind in kinds}, trivial=dict(trivial or {}))
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #3ca9adc1
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #9ea50b78
 @dataclass(frozen=True, kw_only=True)
 class GradientRoutes:
     "Length of the gradient of every loss term at every part of a model."
@@ -309,7 +283,7 @@ def gradient_routes(
         norms[term] = {name: float(sum(g.square().sum() for g in (next(found) for _ in ps) if g is not None)) ** 0.5 for name, ps in trained.items()}
     return GradientRoutes(norms=norms, frozen=tuple(name for name, ps in trained.items() if not ps))
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #d1b60563
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #32efd05f
 def planted_study(
     recipe: PlantedRecipe,  # which task, how much
     seeds: Sequence[int],  # at least two

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOKEN_SCALE', 'TOKENS', 'visual_tokens', 'drawn_from', 'FoveatedParts', 'joined', 'told', 'check_words', 'with_end']
 
-# %% ../../nbs/50_models/54_foveated_parts.ipynb #6c5dd2cd
+# %% ../../nbs/50_models/54_foveated_parts.ipynb #acd0898d
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from ..encoders.keys_values import KeysValues, VisionEncoder
 from ..encoders.language_model import LanguageModel
 from .foveation_config import FoveationConfig
 
-# %% ../../nbs/50_models/54_foveated_parts.ipynb #5cd3dd87
+# %% ../../nbs/50_models/54_foveated_parts.ipynb #989737c0
 TOKEN_SCALE = 0.14  # the root mean square of a word's vector in SmolLM2
 
 
@@ -34,7 +34,7 @@ def visual_tokens(
     size = x.square().mean(-1, keepdim=True).add(1e-12).sqrt() if norm == "token" else x.std() + 1e-6
     return TOKEN_SCALE * x / size
 
-# %% ../../nbs/50_models/54_foveated_parts.ipynb #832bcf0a
+# %% ../../nbs/50_models/54_foveated_parts.ipynb #5536b819
 TOKENS = ("coarse", "fine", "no_text", "video_end")
 
 
@@ -151,7 +151,7 @@ class FoveatedParts(nn.Module):
         head = self.head_coarse if name == "coarse" and self.head_coarse is not None else self.head
         return head(hidden, previous, queries if self.config.query_skip else None).float()
 
-# %% ../../nbs/50_models/54_foveated_parts.ipynb #846030c1
+# %% ../../nbs/50_models/54_foveated_parts.ipynb #013cb2c4
 def joined(
     *pieces: tuple[Tensor, Tensor | None],  # (B,n,H) and a mask (B,n), None where everything is real
 ) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'SEEN', 'FoveationStream', 'watch', 'caption', 'clips_of']
 
-# %% ../../nbs/50_models/56_foveation_inference.ipynb #9cb670b6
+# %% ../../nbs/50_models/56_foveation_inference.ipynb #dc7010df
 import copy
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..core import ConfigError, InputError, check_choice, check_range, check_shape
 from ..encoders.keys_values import KeysValues
-from .foveated_vlm import FoveatedVLM, joined, told
+from .foveated_parts import joined, told
+from .foveated_vlm import FoveatedVLM
 
-# %% ../../nbs/50_models/56_foveation_inference.ipynb #24a4dc4c
+# %% ../../nbs/50_models/56_foveation_inference.ipynb #af28535c
 MODES = {
     "coarse": "one stream with the query that never changes",
     "coarse_fine": "the coarse stream over all frames given, then the fine one with the queries it made: as in training",
@@ -24,7 +25,7 @@ MODES = {
     "one_stream": "the fine stream alone, one frame at a time: it makes its own queries, and there is no coarse pass",
 }
 
-# %% ../../nbs/50_models/56_foveation_inference.ipynb #b1797594
+# %% ../../nbs/50_models/56_foveation_inference.ipynb #c667bb33
 @dataclass
 class _Stream:
     "One pass under way."
@@ -145,7 +146,7 @@ class FoveationStream:
             state = self._read(stream, (language.embed(word[:, None]), None))[:, -1]
         return [[word for word in row if word != language.tokenizer.eos_id] for row in torch.stack(words, 1).tolist()]
 
-# %% ../../nbs/50_models/56_foveation_inference.ipynb #3fadd54e
+# %% ../../nbs/50_models/56_foveation_inference.ipynb #c930eb85
 def watch(
     model: FoveatedVLM,  # in evaluation mode
     batch: dict,  # as for the model's forward

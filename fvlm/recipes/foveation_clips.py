@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Clip', 'world_clips', 'video_clips', 'listed_videos', 'resized']
 
-# %% ../../nbs/65_recipes/65_foveation_clips.ipynb #8b2bbac4
+# %% ../../nbs/65_recipes/65_foveation_clips.ipynb #d1bed568
 import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..checked_rows import content_key
 from ..core import InputError, check_range
 from ..data.clips import VideoFolder
 
-# %% ../../nbs/65_recipes/65_foveation_clips.ipynb #855b7d04
+# %% ../../nbs/65_recipes/65_foveation_clips.ipynb #d39a46fe
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     "T frames of one video or world, before they are encoded."
@@ -53,7 +53,7 @@ def world_clips(
                           question="" if question is None else question(clip)))
     return clips
 
-# %% ../../nbs/65_recipes/65_foveation_clips.ipynb #01b08c61
+# %% ../../nbs/65_recipes/65_foveation_clips.ipynb #c510423a
 def video_clips(
     folder: VideoFolder,  # windows of T = context_frames + 1 frames
     *,
@@ -97,7 +97,7 @@ def listed_videos(
                             group=row["file"] if group is None else group(row["dataset"], row["file"]), ranges=None if ranges is None else ranges(row["file"]))
             for row in wanted]
 
-# %% ../../nbs/65_recipes/65_foveation_clips.ipynb #e8475992
+# %% ../../nbs/65_recipes/65_foveation_clips.ipynb #fac62a9a
 def resized(
     video: Tensor,  # uint8 (T,H,W,3)
     side: int,  # pixels

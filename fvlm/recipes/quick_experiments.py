@@ -7,7 +7,7 @@ __all__ = ['QUICK', 'TEMPERATURES', 'RANDOM_QUERIES', 'RAW_UNIT', 'rounded', 'we
            'named', 'states_and_previous', 'sensitivity_rows', 'run_sensitivity', 'run_null_steps',
            'run_untrained_steps', 'run_quick_experiments']
 
-# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #e52d7437
+# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #d1970ec8
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from .planted_foveation import PlantedRecipe, planted_data, planted_model
 from ..training.loop import TrainConfig, train
 from ..training.records import write_record
 
-# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #be308837
+# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #22e089c0
 def rounded(
     rows: Mapping[str, Tensor],  # measure -> (clips,)
     names: Sequence[str],  # of the clips
@@ -58,7 +58,7 @@ def there(
     "Is the run's record there already?"
     return (Path(root) / study / f"{run}.json").is_file()
 
-# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #3856f10c
+# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #990796b5
 QUICK, TEMPERATURES, RANDOM_QUERIES = "foveated_quick", (0.1, 0.2, 0.5, 1.0, math.inf), 4
 
 
@@ -135,7 +135,7 @@ def named(
     "The recipe with a folder of yours named by its last part only: a record is read elsewhere."
     return replace(recipe, source=Path(recipe.source).name) if Path(recipe.source).is_absolute() else recipe
 
-# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #69efb691
+# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #eae688e3
 RAW_UNIT = 1 / 0.18215  # Stable Diffusion's latents before they are scaled
 
 
@@ -176,12 +176,12 @@ def run_sensitivity(
     clips: FoveationClips,  # with latents
     *,
     heads: Sequence[str] = tuple(HEADS),  # which
-    trained: Mapping[str, FoveatedVLM] | None = None,  # name -> a trained model, measured too
+    trained: Mapping[str, FoveatedVLM] | None = None,  # name -> a model made elsewhere, trained or not, measured too
     seeds: Sequence[int] = (0, 1, 2),  # of the heads' first weights
     root="results",  # the results folder
     study: str = QUICK,  # its name
 ) -> list[Path]:
-    "Records `sensitivity--HEAD--untrained--seedS` and `sensitivity--NAME--trained--seed0` that were not there."
+    "Records `sensitivity--HEAD--untrained--seedS` and `sensitivity--NAME--model--seed0` that were not there."
     def record(run, model, hidden, previous, about):
         started = time.perf_counter()
         with torch.no_grad():
@@ -201,11 +201,11 @@ def run_sensitivity(
                 inputs = inputs or states_and_previous(model, clips)  # what comes before the head is the same for all
                 written.append(record(run, model, *inputs, {"seed": seed}))
     for name, model in (trained or {}).items():
-        if not there(root, study, run := f"sensitivity--{name}--trained--seed0"):
+        if not there(root, study, run := f"sensitivity--{name}--model--seed0"):
             written.append(record(run, model, *states_and_previous(model, clips), {"trained": name}))
     return written
 
-# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #63ce2841
+# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #7aeaef65
 def run_null_steps(
     *,
     pairs: int = 40,  # of twins
@@ -263,7 +263,7 @@ def run_untrained_steps(
                         data_fingerprint=clips.fingerprint, metrics={name: float(x.mean()) for name, x in rows.items()}, metrics_by_clip=rounded(rows, [f"seed{s:03d}" for s in seeds]),
                         conventions={"share": "batches in which the untrained coarse pass's error is above the untrained fine pass's"}, seconds=time.perf_counter() - started)
 
-# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #ac2ae59e
+# %% ../../nbs/65_recipes/74_quick_experiments.ipynb #be389748
 def run_quick_experiments(
     recipe: FoveationRecipe,  # usually `heads()`
     parts: Parts,  # loaded
