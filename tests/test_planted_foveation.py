@@ -90,7 +90,7 @@ def test_bad_input(tmp_path):
 
 
 def test_a_small_run_goes_from_clips_to_protocol_and_back(tmp_path):
-    recipe = PlantedRecipe(task="weather", train_clips=300, test_clips=20, steps=40, batch_size=32)
+    recipe = PlantedRecipe(task="weather", train_clips=400, test_clips=20, steps=60, batch_size=32, learning_rate=3e-3)
     protocol = planted_study(recipe, (0, 1), root=tmp_path)
     assert list(protocol.ratios) == ["R0", "R1", "R2", "R3"] and set(protocol.errors.trivial) == {"copy_last", "linear", "ridge"}
     assert protocol.ratios["R0"].estimate > 1.03 > protocol.ratios["R2"].estimate > 0.97, protocol.verdict()
@@ -124,9 +124,9 @@ def test_the_full_run_holds_its_verdict(task):
 
 
 def test_the_fine_twin_learns_what_the_coarse_one_cannot():
-    "A part of the full search in half a minute: one seed, the first signs."
-    recipe = PlantedRecipe(task="search", steps=180)
+    "A part of the full search: one seed, half of the steps, the first signs."
+    recipe = PlantedRecipe(task="search", steps=200)
     data = planted_data(recipe)
-    models = planted_twins(recipe, data, 0, arms=("fine", "coarse"))
+    models = planted_twins(recipe, data, 1, arms=("fine", "coarse"))
     fine, coarse = (path_errors(models[arm], data.test, passes=passes)[arm][:, 2:].mean() for arm, passes in (("fine", "both"), ("coarse", "coarse")))
     assert coarse > 1.05 * fine, (coarse, fine)

@@ -7,7 +7,7 @@ __all__ = ['FOVEATED_HEADS', 'FoveationRun', 'save_foveation_run', 'read_foveati
            'shown_clip', 'Gaze', 'gaze_at', 'asked', 'check_speaks', 'CaptionCommand', 'caption_page',
            'TrainFoveationCommand', 'judged', 'FoveationStudy', 'foveated_heads']
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #7070e83c
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #d24ed89f
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,12 +32,12 @@ from ..models.foveated_vlm import FoveatedVLM
 from ..models.foveation_inference import MODES, caption
 from ..objectives.attention_statistics import effective_count
 from ..recipes.encoded_clips import FoveationClips
-from ..recipes.foveated_vlm import FOVEATION_RECIPES, SOURCES, FoveationRecipe, Parts, heads, load_foveation_recipe, load_parts, open_clips, phase1, phase2, phase3, train_twin
+from ..recipes.foveated_vlm import FOVEATION_RECIPES, SOURCES, FoveationRecipe, Parts, heads, heads_from_copy, heads_short, load_foveation_recipe, load_parts, open_clips, phase1, phase2, phase3, train_twin
 from ..recipes.foveation_clips import resized
 from ..show import heat_map_over_frame
 from ..training.saved_runs import from_plain
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #e12cc25d
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #c73685b7
 @dataclass(frozen=True, kw_only=True)
 class FoveationRun:
     "A trained foveated VLM and what it takes to show it a clip."
@@ -92,7 +92,7 @@ def open_foveation_run(
     model = FoveatedVLM.from_pretrained(Path(folder) / "model", encoder=parts.encoder, language_model=parts.language_model)
     return FoveationRun(model=model, recipe=recipe, parts=parts, trained_on=trained_on)
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #05d81862
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #08cb4720
 @dataclass(frozen=True, kw_only=True)
 class ShownClip:
     "Some frames of a video, for people and for a model."
@@ -126,7 +126,7 @@ def shown_clip(
     return ShownClip(path=Path(path), indices=indices, pictures=read_clip(path, indices, size=(height, max(8, round(height * info.width / info.height)))), note=f"short clip: {note}" if note else "",
                      batch={"frames": video.permute(0, 3, 1, 2)[None].float() / 255})
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #0d869680
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #6c3780c0
 @dataclass(frozen=True, kw_only=True)
 class Gaze:
     "Both passes' looks at one clip."
@@ -172,7 +172,7 @@ def gaze_at(
     coarse, fine = (gaze_of(outputs[name], patches=rows * columns)[0] for name in ("attention_coarse", "attention"))
     return Gaze(clip=clip, grid=(rows, columns), coarse=coarse, fine=fine)
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #4fed2f4c
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #cfd1d248
 def asked(
     question: str,  # what stands before the frames; "" for nothing
     model: FoveatedVLM,  # whose words it is put into
@@ -248,7 +248,7 @@ def caption_page(
                  "Attention shows what was read, not what mattered. Whether looking there pays is another question, and `fvlm study foveated_heads` asks it."])
     return report.facts({"recipe": described(run.recipe), "encoder": run.parts.encoder.fingerprint, "language model": run.parts.language_model.fingerprint})
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #444013cb
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #473ad7db
 @dataclass(frozen=True, kw_only=True)
 class TrainFoveationCommand(TrainCommand):
     "Train a foveated VLM on clips, with captions where the recipe has words; judge it on held-out clips, keep a run folder."
@@ -322,7 +322,7 @@ def judged(
             said.append({"clip": clips.names[i], "said": words, "true": clips.clips[i].caption})
     return errors, said
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #22d77243
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #84e298c1
 @dataclass(frozen=True, kw_only=True)
 class FoveationStudy:
     "A grid of foveated models."
@@ -358,9 +358,9 @@ class FoveationStudy:
 
 
 def foveated_heads() -> dict[str, tuple[FoveationRecipe, Sequence[str]]]:
-    "The recipe `heads` with every head, FiLM and the spatial transformer first; the source's three phases with these two."
+    "The short first record and its goings-on: `heads` with every head, FiLM and the spatial transformer first; from copy-last; the source's three phases."
     first = ("film", "spatial_transformer")
-    return {"videos": (heads(), (*first, *(name for name in HEADS if name not in first))),
+    return {"short": (heads_short(), first), "videos": (heads(), (*first, *(name for name in HEADS if name not in first))), "from_copy": (heads_from_copy(), first),
             **{recipe.__name__: (recipe(), first) for recipe in (phase1, phase2, phase3)}}
 
 

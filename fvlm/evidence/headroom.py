@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'WITHOUT_A_CHOICE', 'PENALTIES', 'views_of', 'probe_errors', 'Headroom', 'headroom', 'trivial_rows']
 
-# %% ../../nbs/70_evidence/74_headroom.ipynb #aa4e6523
+# %% ../../nbs/70_evidence/74_headroom.ipynb #88c5f629
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from ..core import InputError, ShapeError, check_finite, check_range, check_shap
 from .statistics import paired_bootstrap
 from ..models.baselines import CopyLast, LinearExtrapolation, RidgeRegression
 
-# %% ../../nbs/70_evidence/74_headroom.ipynb #20bcd5a8
+# %% ../../nbs/70_evidence/74_headroom.ipynb #5170fea0
 VIEWS = {
     "mean_pool": "the mean of all patches",
     "cls": "the class token",
@@ -45,7 +45,7 @@ def views_of(
     views["all_patches"] = patches.flatten(2)
     return {name: check_finite(name, view.float()) for name, view in views.items()}
 
-# %% ../../nbs/70_evidence/74_headroom.ipynb #d2a7d5ae
+# %% ../../nbs/70_evidence/74_headroom.ipynb #546ccc03
 PENALTIES = tuple(10.0**k for k in range(-2, 7))
 
 
@@ -86,7 +86,7 @@ def _check_split(split, clips, target, frames, first_frame):
         raise ShapeError(f"target: expected ({clips}, {frames}, ...), got {tuple(target.shape)}")
     check_finite("target", target)
 
-# %% ../../nbs/70_evidence/74_headroom.ipynb #89d8e4b7
+# %% ../../nbs/70_evidence/74_headroom.ipynb #f62ed2f0
 @dataclass(frozen=True, kw_only=True)
 class Headroom:
     "What the probes found. `str()` is the verdict in one sentence."
@@ -149,7 +149,7 @@ def headroom(
     return Headroom(errors=errors, penalties={name: penalty for name, (_, penalty) in found.items()}, coarse=coarse, fine=fine,
                     estimate=estimate, low=low, high=high, first_frame=first_frame)
 
-# %% ../../nbs/70_evidence/74_headroom.ipynb #24f9b2f9
+# %% ../../nbs/70_evidence/74_headroom.ipynb #de122daa
 def trivial_rows(
     train: Tensor,  # (n,T,...) targets of the training clips: latents, or flow, whatever is predicted
     val: Tensor,  # (m,T,...) of validation clips, which choose ridge's penalty
