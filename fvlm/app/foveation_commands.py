@@ -7,7 +7,7 @@ __all__ = ['FOVEATED_HEADS', 'FoveationRun', 'save_foveation_run', 'read_foveati
            'shown_clip', 'Gaze', 'gaze_at', 'asked', 'check_speaks', 'CaptionCommand', 'caption_page',
            'TrainFoveationCommand', 'judged', 'FoveationStudy', 'foveated_heads']
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #d24ed89f
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #1a4543bf
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ from ..recipes.foveation_clips import resized
 from ..show import heat_map_over_frame
 from ..training.saved_runs import from_plain
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #c73685b7
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #263a5ec8
 @dataclass(frozen=True, kw_only=True)
 class FoveationRun:
     "A trained foveated VLM and what it takes to show it a clip."
@@ -92,7 +92,7 @@ def open_foveation_run(
     model = FoveatedVLM.from_pretrained(Path(folder) / "model", encoder=parts.encoder, language_model=parts.language_model)
     return FoveationRun(model=model, recipe=recipe, parts=parts, trained_on=trained_on)
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #08cb4720
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #223d3d6d
 @dataclass(frozen=True, kw_only=True)
 class ShownClip:
     "Some frames of a video, for people and for a model."
@@ -126,7 +126,7 @@ def shown_clip(
     return ShownClip(path=Path(path), indices=indices, pictures=read_clip(path, indices, size=(height, max(8, round(height * info.width / info.height)))), note=f"short clip: {note}" if note else "",
                      batch={"frames": video.permute(0, 3, 1, 2)[None].float() / 255})
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #6c3780c0
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #044d20dc
 @dataclass(frozen=True, kw_only=True)
 class Gaze:
     "Both passes' looks at one clip."
@@ -172,7 +172,7 @@ def gaze_at(
     coarse, fine = (gaze_of(outputs[name], patches=rows * columns)[0] for name in ("attention_coarse", "attention"))
     return Gaze(clip=clip, grid=(rows, columns), coarse=coarse, fine=fine)
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #cfd1d248
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #a135a135
 def asked(
     question: str,  # what stands before the frames; "" for nothing
     model: FoveatedVLM,  # whose words it is put into
@@ -201,7 +201,7 @@ class CaptionCommand:
     "Say what happens in a clip, with a foveated VLM that was trained with captions; --out also shows where it looked."
 
     EXAMPLES: ClassVar = ("fvlm caption my_clip.mp4 --run runs/captions", "fvlm caption my_clip.mp4 --out caption.html   (with where it looked)",
-                          "fvlm caption my_clip.mp4 --run runs/gaze --question 'red ball'", "fvlm train captions --source sprites --codec dct --download   (makes runs/captions)")
+                          "fvlm caption my_clip.mp4 --run runs/gaze --question 'red ball'", "a run to ask is made by  fvlm train captions --source sprites --codec dct --download")
 
     clip: tyro.conf.Positional[Path]  # a video file
     run_folder: Annotated[Path, tyro.conf.arg(name="run")] = Path("runs/captions")  # the folder that `fvlm train captions` wrote
@@ -248,7 +248,7 @@ def caption_page(
                  "Attention shows what was read, not what mattered. Whether looking there pays is another question, and `fvlm study foveated_heads` asks it."])
     return report.facts({"recipe": described(run.recipe), "encoder": run.parts.encoder.fingerprint, "language model": run.parts.language_model.fingerprint})
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #473ad7db
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #81fe8523
 @dataclass(frozen=True, kw_only=True)
 class TrainFoveationCommand(TrainCommand):
     "Train a foveated VLM on clips, with captions where the recipe has words; judge it on held-out clips, keep a run folder."
@@ -322,7 +322,7 @@ def judged(
             said.append({"clip": clips.names[i], "said": words, "true": clips.clips[i].caption})
     return errors, said
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #84e298c1
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #2dbda1ff
 @dataclass(frozen=True, kw_only=True)
 class FoveationStudy:
     "A grid of foveated models."

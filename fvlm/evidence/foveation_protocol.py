@@ -7,7 +7,7 @@ __all__ = ['NO_EFFECT', 'EFFECT', 'RATIOS', 'Ratio', 'error_array', 'coarse_over
            'foveation_protocol', 'path_errors', 'measure', 'GradientRoutes', 'gradient_routes', 'planted_study',
            'recorded_errors']
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #da22ab18
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #26095bd8
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from .statistics import paired_bootstrap
 from ..recipes.planted_foveation import ARMS, PlantedRecipe, planted_data, planted_twins, read_planted, write_planted
 from ..training.batches import evaluating
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #a0ea40a1
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #08ca5386
 NO_EFFECT, EFFECT = (0.97, 1.03), 1.05
 
 
@@ -92,7 +92,7 @@ def coarse_over_fine(
     return Ratio(estimate=estimate, low=low, high=high, detectable=detectable, per_frame=tuple(per_frame.tolist()), first_frame=first_frame,
                  seeds=found.seeds, clips=found.clips, confidence=confidence)
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #cd63bb4d
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #ceeaacc4
 RATIOS = {
     "R0": ("untrained coarse path / fine path of the same weights", "untrained_coarse", "fine"),
     "R1": ("coarse path / fine path, trained together", "joint_coarse", "joint_fine"),
@@ -135,7 +135,7 @@ class FoveationErrors:
         "(seeds, clips, T)."
         return self.swapped[name] if name in self.swapped else getattr(self, name)
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #599b6b6c
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #4eec84b6
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     "R0 to R3, the absolute errors they come from, and the trivial rows."
@@ -159,8 +159,9 @@ class Protocol:
         for name, ratio in self.ratios.items():
             seen = f", could have seen {ratio.detectable:.3f}" if ratio.verdict == "not decided" else ""
             lines.append(f"| {name} | {RATIOS[name][0]} | {ratio.estimate:.3f} | [{ratio.low:.3f}, {ratio.high:.3f}] | {ratio.verdict}{seen} |")
-        seeds, clips, frames = self.errors.fine.shape
-        lines += ["", f"{seeds} seeds x {clips} clips, frames {self.first_frame} to {frames}, {next(iter(self.ratios.values())).confidence:.0%} intervals over seeds and clips. Mean squared errors:", "",
+        seeds, clips, T = self.errors.fine.shape
+        frames = f"frames {self.first_frame} to {T}" if T > 1 else "mean over the headline frames"
+        lines += ["", f"{seeds} seeds x {clips} clips, {frames}, {next(iter(self.ratios.values())).confidence:.0%} intervals over seeds and clips. Mean squared errors:", "",
                   "| path | error |", "|---|---:|"]
         rows = {"fine twin": "fine", "coarse twin": "coarse", "trained together, fine": "joint_fine", "trained together, coarse": "joint_coarse", "untrained coarse path": "untrained_coarse"}
         lines += [f"| {row} | {self._mean(name):.4f} |" for row, name in rows.items()]
@@ -206,7 +207,7 @@ def foveation_protocol(
               for name, (_, top, bottom) in RATIOS.items()}
     return Protocol(ratios=ratios, errors=errors, first_frame=first_frame)
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #29b4777b
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #63ee26df
 def path_errors(
     model,  # a foveated model
     dataset,  # has .batch(indices) -> batch, or [i]
@@ -250,7 +251,7 @@ def measure(
         fine=stacked(fine, "fine"), untrained_coarse=stacked(fine, "coarse"), joint_fine=stacked(both, "fine"), joint_coarse=stacked(both, "coarse"),
         coarse=np.stack(coarse), swapped={kind: stacked(looks, kind) for kind in kinds}, trivial=dict(trivial or {}))
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #9ea50b78
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #24858deb
 @dataclass(frozen=True, kw_only=True)
 class GradientRoutes:
     "Length of the gradient of every loss term at every part of a model."
@@ -283,7 +284,7 @@ def gradient_routes(
         norms[term] = {name: float(sum(g.square().sum() for g in (next(found) for _ in ps) if g is not None)) ** 0.5 for name, ps in trained.items()}
     return GradientRoutes(norms=norms, frozen=tuple(name for name, ps in trained.items() if not ps))
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #32efd05f
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #75a02e2f
 def planted_study(
     recipe: PlantedRecipe,  # which task, how much
     seeds: Sequence[int],  # at least two
