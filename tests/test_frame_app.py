@@ -121,6 +121,8 @@ def test_tables_say_what_the_records_say(study):
     assert result.values["disjoint"]["mse"].shape == (2, 3, 5)
     assert result.per_horizon("disjoint").mean() == pytest.approx(np.mean([r.metrics["greedy/mse"] for r in runs]), rel=1e-4)
     assert result.values["disjoint"]["ssim"].mean() == pytest.approx(np.mean([r.metrics["greedy/ssim"] for r in runs]), rel=1e-4)
+    linear = result.values["linear"]["mse"]
+    assert linear.shape == (1, 3, 5) and (linear[..., 0] != linear[..., 4]).all()  # frame by frame, not a mean repeated
     for row in ("copy_last", "linear", "disjoint, one sample", "joint, ceiling", "conv_lstm"):
         assert f"| {row} |" in result.table()
     quantizers = [record for record in records if record.config["stage"] == "frames"]

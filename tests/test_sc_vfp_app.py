@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fvlm.app.demo import demo_report, first_real, look, plain_table, run_demo
-from fvlm.app.sc_vfp_commands import STUDIES, TrainCommand, predict_page
+from fvlm.app.sc_vfp_commands import SC_VFP_KTH, STUDIES, TrainCommand, named, predict_page
 from fvlm.core import ConfigError, InputError, VideoError
 from fvlm.data.embedding_cache import EmbeddingCache
 from fvlm.data.video import probe
@@ -116,9 +116,11 @@ def test_typos_are_told_before_anything_is_loaded(words, said, monkeypatch, caps
     assert said in error and error.count("\n") == 1
 
 
-def test_studies_name_real_arms():
-    for study in STUDIES.values():
-        assert set(study.arms) <= set(ARMS) and len(study.seeds) >= 5 and study.settings()
+def test_studies_are_there_and_name_real_arms():
+    assert set(SC_VFP_KTH.arms) <= set(ARMS) and len(SC_VFP_KTH.seeds) >= 5 and named(STUDIES["sc_vfp_kth"]) is SC_VFP_KTH
+    for place in STUDIES.values():
+        study = named(place)
+        assert study.question[-1] in "?." and study.settings() and callable(study.run) and callable(study.table)
 
 
 def test_train_evaluate_predict_by_command(wheel_file, folder, tmp_path, capsys):

@@ -6,7 +6,7 @@
 __all__ = ['QUANTIZER_ARMS', 'RIVAL_ARMS', 'PREDICTOR_ARMS', 'FrameArm', 'quantized_by', 'predicted_with', 'joint_by',
            'parameters_of', 'of_equal_size', 'stage_name', 'stored_stage']
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #55f61fd2
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #b3df8068
 import hashlib
 import json
 import shutil
@@ -22,7 +22,7 @@ from ..models.s_hr_vqvae import SHRVQVAE, SHRVQVAEConfig
 from ..recipes.frame_prediction import FramePredictionRecipe, FrameSplits
 from ..recipes.frame_stages import STAGES, FinishedStage, run_stage, stage_settings
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #c52c1018
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #c907e00a
 @dataclass(frozen=True, kw_only=True)
 class FrameArm:
     "One arm of a study."
@@ -53,7 +53,7 @@ def joint_by(
     "A change: what the picture counts in the joint stage."
     return lambda recipe: replace(recipe, joint_weight=weight)
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #b98879f8
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #e75b338d
 def parameters_of(
     recipe: FramePredictionRecipe,  # any
     stage: str,  # one of STAGES or RIVALS
@@ -80,7 +80,7 @@ def of_equal_size(
 
     return change
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #e35ade8d
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #d9814123
 QUANTIZER_ARMS = {
     "tree": FrameArm(what="a book for every path", stage="frames", change=quantized_by("tree")),
     "flat": FrameArm(what="residual VQ, one book a level", stage="frames", change=quantized_by("flat")),
@@ -104,7 +104,7 @@ PREDICTOR_ARMS = {
     "single_codes": FrameArm(what="disjoint on plain VQ", stage="codes", change=quantized_by("single")),
 }
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #05505222
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #3dfcaeed
 def stage_name(
     recipe: FramePredictionRecipe,  # of the arm
     stage: str,  # one of STAGES or RIVALS

@@ -6,7 +6,7 @@
 __all__ = ['TRIVIAL', 'ROWS', 'frame_demo_recipe', 'MeanFrame', 'FrameDemo', 'run_frame_demo', 'code_picture', 'as_picture',
            'levels_of', 'futures_of', 'said', 'frame_report', 's_hr_vqvae_part', 'plain_rows', 'plain_results']
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #d4f1615a
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #29f5c7cd
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from ..recipes.frame_prediction import FramePredictionRecipe, FrameSplits, Predi
 from ..recipes.frame_stages import FinishedStage, run_stage
 from ..training.loop import TrainConfig
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #cd771b4e
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #855f9a48
 def frame_demo_recipe(
     steps: int = 400,  # optimiser steps of the predictor; the quantiser gets half as many
 ) -> FramePredictionRecipe:
@@ -45,7 +45,7 @@ def frame_demo_recipe(
         predictor=PredictorSize(channels=32, depth=3, attention_every=3, num_heads=4, attention_frames=3),
         frames_training=training(max(1, steps // 2), 32), codes_training=training(steps, 8))
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #46895c3b
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #d22b6722
 class MeanFrame:
     "Predicts one grey picture, whatever it is shown: the mean of the training frames. No constant picture has less squared error."
 
@@ -65,7 +65,7 @@ class MeanFrame:
         "(B, frames, C, H, W): the same everywhere."
         return self.frame.expand(len(context), frames, -1, -1, -1)
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #cf09911f
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #1d0b6037
 @dataclass(frozen=True, kw_only=True)
 class FrameDemo:
     "What the demo found."
@@ -116,7 +116,7 @@ def run_frame_demo(
     done("judging")
     return FrameDemo(recipe=recipe, clips=clips, stages=stages, result=result, usage=quantizer.usage(codes), by_level=by_level, seconds=seconds)
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #3ef75854
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #5b0a506a
 def code_picture(
     codes: Tensor,  # (h, w) whole numbers, one level of one frame
     num_codes: int,  # m
@@ -168,7 +168,7 @@ def futures_of(
     errors = {name: [None] * context_frames + (future - target).square().mean((0, 2, 3, 4)).tolist() for name, future in futures.items() if name != "what came"}
     return tracks, errors
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #b700c735
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #7ca6790e
 TRIVIAL = {"copy_last": "copy-last", "linear": "linear", "mean frame": "a constant picture"}
 ROWS = {**TRIVIAL, "greedy": "codes, greedy", "one sample": "codes, one sample", "ceiling": "ceiling"}
 
@@ -247,7 +247,7 @@ def frame_report(
     return report.facts({"quantiser": str(config), "predictor": str(recipe.predictor), "stage 1": str(recipe.frames_training), "stage 2": str(recipe.codes_training), "test clips": run.clips.test.fingerprint,
                          **{f"seconds, {part}": f"{value:.0f}" for part, value in run.seconds.items()}})
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #92c33816
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #fa7eefc5
 def s_hr_vqvae_part(
     options,  # a DemoCommand
 ) -> int:

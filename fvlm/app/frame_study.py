@@ -6,7 +6,7 @@
 __all__ = ['HR_VQVAE_DIGITS', 'S_HR_VQVAE_DIGITS', 'S_HR_VQVAE_KTH', 'judge_quantizer', 'judge_predictor', 'FrameStudy', 'of_arm',
            'by_seed_and_clip', 'quantizer_table', 'future_of', 'short_digits', 'small_digits', 'judged_on']
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #0fae8a3c
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #270d3d33
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..recipes.frame_stages import FinishedStage
 from ..training.batches import evaluating
 from ..training.records import RunRecord, plain_data, read_records, write_record
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #94cedd67
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #3fa3cdfd
 @torch.inference_mode()
 def judge_quantizer(
     model: HRVQVAE,  # trained
@@ -64,7 +64,7 @@ def judge_quantizer(
             numbers |= {f"level{k + 1}/changes_{name}": float(flips[mask, k].mean()) for name, mask in (("moving", moved), ("still", ~moved)) if mask.any()}
     return numbers, by_clip
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #260b9b60
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #39c5ea8e
 def judge_predictor(
     trained: FinishedStage,  # stage "codes", "joint", or a rival
     clips: FrameClips,  # the test side
@@ -78,7 +78,7 @@ def judge_predictor(
     rows = {"greedy": OneFuture(model), "sample": OneFuture(model, greedy=False), "ceiling": Ceiling(model.hr_vqvae)} if of_codes else {"future": model}
     result = judge_frames(rows, clips, context_frames=context_frames, batch_size=batch_size)
     by_clip = {name: {clip: float(f"{value:.6g}") for clip, value in values.items()} for name, values in result.by_clip().items()}
-    for row in (*rows, "copy_last"):
+    for row in (row for row in result.values if row != "truth"):
         by_clip |= by_clip_and_frame(f"{row}/mse", result.values[row]["mse"].mean(0), result.clip_names)
     numbers = {name: float(np.mean(list(values.values()))) for name, values in by_clip.items() if "_frame_" not in name}
     numbers |= {f"{row}/{metric}_frame_{t:02d}": float(f"{value:.6g}") for row in rows for metric in ("ssim", "sharpness", "centre") if metric in result.values[row]
@@ -90,7 +90,7 @@ def judge_predictor(
                 "context_frames": context_frames, "frames_ahead": result.horizon}
     return numbers, by_clip
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #32cd0c44
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #7710708f
 @dataclass(frozen=True, kw_only=True)
 class FrameStudy:
     "A grid of arms and seeds on some recipes."
@@ -168,7 +168,7 @@ class FrameStudy:
             return None
         return quantizer_table(mine) if all(record.config["stage"] == "frames" for record in mine) else future_of(mine).table()
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #d1819afb
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #0e7c7f2f
 def of_arm(
     records: list[RunRecord],  # of one setting
 ) -> dict[str, list[RunRecord]]:
@@ -238,7 +238,7 @@ def future_of(
     added("truth", [first], "truth")
     return FramePredictionResult(values=values, parameters=parameters, bytes_per_frame=costs, clip_names=clips, context_frames=int(first.metrics["context_frames"]), ssim_window="uniform7")
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #2bcc4745
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #615991a2
 def short_digits() -> FramePredictionRecipe:
     "Moving digits at stride 8, stage 1 alone and short. Source: ours. Expected: which quantiser learns faster, not which is better in the end. Cost: half a minute a run on one core."
     base = moving_mnist_stride8()
