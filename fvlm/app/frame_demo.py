@@ -6,7 +6,7 @@
 __all__ = ['TRIVIAL', 'ROWS', 'frame_demo_recipe', 'MeanFrame', 'FrameDemo', 'run_frame_demo', 'code_picture', 'as_picture',
            'levels_of', 'futures_of', 'said', 'frame_report', 's_hr_vqvae_part', 'plain_rows', 'plain_results']
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #29f5c7cd
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #16188bcf
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from ..recipes.frame_prediction import FramePredictionRecipe, FrameSplits, Predi
 from ..recipes.frame_stages import FinishedStage, run_stage
 from ..training.loop import TrainConfig
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #855f9a48
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #8dafc57c
 def frame_demo_recipe(
     steps: int = 400,  # optimiser steps of the predictor; the quantiser gets half as many
 ) -> FramePredictionRecipe:
@@ -45,7 +45,7 @@ def frame_demo_recipe(
         predictor=PredictorSize(channels=32, depth=3, attention_every=3, num_heads=4, attention_frames=3),
         frames_training=training(max(1, steps // 2), 32), codes_training=training(steps, 8))
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #d22b6722
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #4799166e
 class MeanFrame:
     "Predicts one grey picture, whatever it is shown: the mean of the training frames. No constant picture has less squared error."
 
@@ -65,7 +65,7 @@ class MeanFrame:
         "(B, frames, C, H, W): the same everywhere."
         return self.frame.expand(len(context), frames, -1, -1, -1)
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #1d0b6037
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #e11a44e8
 @dataclass(frozen=True, kw_only=True)
 class FrameDemo:
     "What the demo found."
@@ -116,7 +116,7 @@ def run_frame_demo(
     done("judging")
     return FrameDemo(recipe=recipe, clips=clips, stages=stages, result=result, usage=quantizer.usage(codes), by_level=by_level, seconds=seconds)
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #5b0a506a
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #e28c95ee
 def code_picture(
     codes: Tensor,  # (h, w) whole numbers, one level of one frame
     num_codes: int,  # m
@@ -168,7 +168,7 @@ def futures_of(
     errors = {name: [None] * context_frames + (future - target).square().mean((0, 2, 3, 4)).tolist() for name, future in futures.items() if name != "what came"}
     return tracks, errors
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #7ca6790e
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #8a15e56a
 TRIVIAL = {"copy_last": "copy-last", "linear": "linear", "mean frame": "a constant picture"}
 ROWS = {**TRIVIAL, "greedy": "codes, greedy", "one sample": "codes, one sample", "ceiling": "ceiling"}
 
@@ -183,9 +183,12 @@ def said(
 
     rows = [row for row in TRIVIAL if row in result.values]
     strongest = min(rows, key=lambda row: result.per_horizon(row).mean())
-    first = result.beats_from("greedy", strongest)
-    return (f"Squared error of the predicted codes over {result.horizon} frames: {', '.join(map(against, rows))}. "
-            f"Against {ROWS[strongest]}, the strongest of those that learn nothing, it is " + (f"better, by the 95 % interval of every frame, from frame {first} ahead on." if first else f"not better, by the 95 % interval, at frame {result.horizon} ahead."))
+    better = [(found := result.interval("greedy", strongest, ahead=t)) is not None and found.high < 0 for t in range(1, result.horizon + 1)]
+    upto = (better + [False]).index(False)  # frames ahead, from the first on
+    when = "in every frame" if upto == result.horizon else f"up to frame {upto} ahead and not after" if upto else "not in the first frame ahead"
+    place = {row: float(result.values[row]["centre"].mean()) for row in ("greedy", *rows) if "centre" in result.values[row]}
+    return (f"Squared error of the predicted codes over {result.horizon} frames: {', '.join(map(against, rows))}. Against {ROWS[strongest]}, the strongest of those that learn nothing, it is better, by 95 % intervals, {when}."
+            + (f" The digit is found {place['greedy']:.1f} pixels off; {', '.join(f'{place[row]:.1f} by {ROWS[row]}' for row in rows)}." if place else ""))
 
 
 def frame_report(
@@ -200,7 +203,7 @@ def frame_report(
     interval = result.interval("greedy", strongest, statistic="skill")
     report = Report("The future of a digit, in codes", lead=said(result))
     report.highlights(
-        (f"{1 - means['greedy']['mse'] / means[strongest]['mse']:+.0%}", f"less error than {ROWS[strongest]}", f"95 % interval {interval.low:+.0%} to {interval.high:+.0%}" if interval else "no interval: one clip"),
+        (f"{means['greedy']['mse'] / means[strongest]['mse']:.2f}", f"squared error over that of {ROWS[strongest]}", f"95 % interval {1 - interval.high:.2f} to {1 - interval.low:.2f}; copy-last's is {means['copy_last']['mse'] / means[strongest]['mse']:.2f}" if interval else "no interval: one clip"),
         (f"{means['ceiling']['psnr']:.1f} dB", "the ceiling: the true future, encoded and decoded", f"greedy prediction {means['greedy']['psnr']:.1f} dB, copy-last {means['copy_last']['psnr']:.1f} dB"),
         (f"{config.bytes_per_frame:.0f} bytes", "a frame in codes", f"{config.grid[0]} x {config.grid[1]} sites, {config.num_levels} codes of {config.num_codes} each; {recipe.image_size ** 2 * recipe.channels} bytes in pixels"))
     example = run.clips.test.batch([0])["frames"][0]
@@ -231,8 +234,7 @@ def frame_report(
                   *([Column(key="centre", label="centre", hint="off by, px", format=".2f")] if centre else []), Column(key="when", label="better", hint="from frame", format=".0f")],
                  caption=f"Mean over {horizon} frames, {clips} held-out clips, {len(run.stages)} seed{'s' if len(run.stages) > 1 else ''}; 95 % intervals over clips{' and seeds' if len(run.stages) > 1 else ''}. Squared error rewards blur; sharpness says who is paid for it, and a constant picture is all blur. "
                          "Better: from which frame ahead on every interval lies below copy-last. The centre error is where each digit is found by its looks, against where it is.")
-    ahead = list(range(1, horizon + 1))
-    report.curves({ROWS[row]: (ahead, result.per_horizon(row).tolist()) for row in ROWS if row in result.values}, title="Error by how far ahead", x_label="frames ahead", y_label="MSE",
+    report.curves({ROWS[row]: (ahead := list(range(1, horizon + 1)), result.per_horizon(row).tolist()) for row in ROWS if row in result.values}, title="Error by how far ahead", x_label="frames ahead", y_label="MSE",
                   caption=f"Trained {trained} frames ahead; from {trained + 1} on the predictor is on its own ground.")
     if centre:
         report.curves({ROWS[row]: (ahead, result.per_horizon(row, "centre").tolist()) for row in ROWS if row in result.values}, title="Where the digit is", x_label="frames ahead", y_label="centre off by, pixels",
@@ -247,7 +249,7 @@ def frame_report(
     return report.facts({"quantiser": str(config), "predictor": str(recipe.predictor), "stage 1": str(recipe.frames_training), "stage 2": str(recipe.codes_training), "test clips": run.clips.test.fingerprint,
                          **{f"seconds, {part}": f"{value:.0f}" for part, value in run.seconds.items()}})
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #fa7eefc5
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #0a305514
 def s_hr_vqvae_part(
     options,  # a DemoCommand
 ) -> int:
@@ -277,10 +279,10 @@ def plain_rows(
     for row, name in ROWS.items():
         if row not in result.values:
             continue
-        found, mean = result.values[row], lambda metric: float(result.values[row][metric].mean())
+        mean = lambda metric: float(result.values[row][metric].mean())
         skill = None if row == "copy_last" else result.interval(row, "copy_last", statistic="skill")
         text = "" if row == "copy_last" else f"{1 - mean('mse') / float(result.values['copy_last']['mse'].mean()):+.1%}" + ("" if skill is None else f" [{skill.low:+.1%}, {skill.high:+.1%}]")
-        lines.append(f"{name:28s} {mean('mse'):8.4f} {text:>27s} {mean('psnr'):6.2f} {mean('ssim'):6.3f} " + (f"{mean('centre'):7.2f}" if "centre" in found else f"{'':7s}"))
+        lines.append(f"{name:28s} {mean('mse'):8.4f} {text:>27s} {mean('psnr'):6.2f} {mean('ssim'):6.3f} " + (f"{mean('centre'):7.2f}" if "centre" in result.values[row] else f"{'':7s}"))
     return "\n".join(lines)
 
 
@@ -288,9 +290,7 @@ def plain_results(
     run: FrameDemo,  # what was found
 ) -> dict:
     "Every number of the page as plain data; the same on a rerun, but for the seconds."
-    rounded = lambda values: [float(f"{float(v):.6g}") for v in values]
-    result = run.result
-    rows = {}
+    rounded, result, rows = lambda values: [float(f"{float(v):.6g}") for v in values], run.result, {}
     for row in (row for row in ROWS if row in result.values):
         skill = None if row == "copy_last" else result.interval(row, "copy_last", statistic="skill")
         rows[row] = dict(by_frame_ahead={metric: rounded(result.per_horizon(row, metric)) for metric in result.values[row]}, skill=skill and dict(estimate=skill.estimate, low=skill.low, high=skill.high),
