@@ -220,7 +220,7 @@ def dirty_files(folder, made: dict[str, bytes]) -> dict[str, tuple[Path, str]]:
     with zipfile.ZipFile(memory, "w") as archive:
         archive.writestr("film.mp4", mp4)
     add("zip.mp4", memory.getvalue())
-    add("gzip.mp4", gzip.compress(mp4))
+    add("gzip.mp4", gzip.compress(mp4, mtime=0))
     add("document.mp4", b"%PDF-1.7\n" + rng.bytes(500))
     add("program.mp4", b"\x7fELF" + rng.bytes(500))
     memory = io.BytesIO()

@@ -39,8 +39,8 @@ def mnist(tmp_path):
     rng = np.random.default_rng(0)
     for stem, count in (("train", 60), ("t10k", 20)):
         images, labels = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8), rng.integers(0, 10, count).astype(np.uint8)
-        (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
-        (tmp_path / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+        (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images), mtime=0))
+        (tmp_path / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels), mtime=0))
     return tmp_path
 
 
@@ -211,7 +211,7 @@ def test_single_files_of_every_kind(mnist, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\0\0\x08\x03" + bytes(12), b"\0\0\x08\x03" + np.array([9, 28, 28], ">i4").tobytes() + bytes(100), idx(np.zeros((5, 20, 20), np.uint8)),
-                                     idx(np.zeros(40, np.uint8)), gzip.compress(idx(np.zeros((30, 28, 28), np.uint8)))[:-9]])
+                                     idx(np.zeros(40, np.uint8)), gzip.compress(idx(np.zeros((30, 28, 28), np.uint8)), mtime=0)[:-9]])
 def test_files_that_are_no_digits(tmp_path, content):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(InputError, match="source: .*train-images-idx3-ubyte"):
