@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-NOT_BENCHMARKS = {"__init__", "__main__", "timing"}
+NOT_BENCHMARKS = {"__init__", "__main__", "timing", "step_products"}
 
 
 def available() -> dict[str, str]:

@@ -1,9 +1,7 @@
 """Bar vi, SC-VFP: forward and backward of a training step against the bare matrix products of that very step, in fp32 and bf16."""
-from collections import Counter
-
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.step_products import products_of
 from benchmarks.timing import Table, compare
 from fvlm.blocks.encoder_block import dropout
 from fvlm.models.sc_vfp import SCVFP, SCVFPConfig
@@ -13,20 +11,6 @@ PRESETS = {
     "paper_budget (2 of 6 blocks), SCMHSA": dict(name="paper_budget", depth=2),  # the blocks are alike: the share is the same, the wait is not
     "small, SCMHSA": dict(name="small"),
 }
-
-
-class Products(TorchDispatchMode):
-    "Notes every mm and addmm that runs inside: the shapes, strides and types of its two matrices. The products of attention (bmm) are left out."
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            a, b = args[-2:]
-            self.seen[(tuple(a.shape), a.stride(), tuple(b.shape), b.stride(), a.dtype)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def step_of(changes: dict, half: bool):
@@ -44,26 +28,6 @@ def step_of(changes: dict, half: bool):
         return float(loss.detach())
 
     return step
-
-
-def products_of(step):
-    "A callable that runs the matrix products of `step`, each as often and in the layout in which the step runs it; and their FLOPs."
-    with Products() as products:
-        step()
-    assert products.seen, "the step ran no matrix product that was seen"
-    pairs = []
-    for (a, a_stride, b, b_stride, dtype), times in products.seen.items():
-        made = [torch.randn(shape).to(dtype).as_strided(shape, stride) for shape, stride in ((a, a_stride), (b, b_stride))]
-        pairs.append((*made, times))
-    flops = sum(2 * a.shape[0] * a.shape[1] * b.shape[1] * times for a, b, times in pairs)
-
-    def run():
-        with torch.no_grad():
-            for a, b, times in pairs:
-                for _ in range(times):
-                    a @ b
-
-    return run, flops
 
 
 def same_law(x):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TwoPasses', 'gradients', 'FoveatedVLM']
 
-# %% ../../nbs/50_models/55_foveated_vlm.ipynb #4f173b11
+# %% ../../nbs/50_models/55_foveated_vlm.ipynb #57947f21
 import dataclasses
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +18,12 @@ from ..core import InputError, WeightsError, check_choice, check_finite, check_s
 from ..encoders.keys_values import KeysValues, VisionEncoder
 from ..encoders.language_model import LanguageModel
 from ..files import read_json, write_json, written_whole
-from .foveated_parts import FoveatedParts, check_words, drawn_from, joined, told, with_end  # drawn_from: for whoever builds a model here and trains it
+from .foveated_parts import FoveatedParts, check_words, joined, told, with_end
 from .foveation_config import FoveationConfig
-from .saved_model import StrictlySaved, read_tensors
+from .saved_model import StrictlySaved, drawn_from, read_tensors
 from ..objectives.losses import caption_loss, contrastive_loss, entropy_margin_loss
 
-# %% ../../nbs/50_models/55_foveated_vlm.ipynb #53a1646b
+# %% ../../nbs/50_models/55_foveated_vlm.ipynb #35373ae2
 class TwoPasses(FoveatedParts):
     "The coarse pass, the shift, the fine pass."
 
@@ -142,7 +142,7 @@ def gradients(
     with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
         yield
 
-# %% ../../nbs/50_models/55_foveated_vlm.ipynb #afcf0be6
+# %% ../../nbs/50_models/55_foveated_vlm.ipynb #657170c3
 class FoveatedVLM(TwoPasses, StrictlySaved):
     """Predicts every frame of a clip from the frames before it, looking at each through one foveated token; and captions it.
 

@@ -6,17 +6,17 @@
 __all__ = ['TRAINED_PASSES', 'NORMS', 'TEXT_POSITIONS', 'ATTENTION_MODES', 'PRESETS', 'IDEAS', 'FoveationConfig', 'check_level',
            'seed', 'tiny', 'Idea', 'with_idea']
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #a4df8a14
-import dataclasses
+# %% ../../nbs/50_models/53_foveation_config.ipynb #922a9ca6
 from dataclasses import dataclass
 
 from ..blocks.prediction_heads import HEADS, PREVIOUS_MODES, STARTS
 from ..blocks.query_attention import TEMPERATURE_MODES
 from ..blocks.targets import TARGETS
 from ..core import ConfigError, check_choice, check_range
+from .saved_model import ModelConfig
 from ..objectives.losses import CONTRAST_KINDS
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #d7b10490
+# %% ../../nbs/50_models/53_foveation_config.ipynb #94e52d13
 TRAINED_PASSES = {
     "fine": "the fine pass's losses; the coarse pass is trained only in so far as it makes the queries",
     "coarse": "the coarse pass's losses; the fine pass is not computed",
@@ -35,9 +35,9 @@ ATTENTION_MODES = {
     "shallow": "one attention over the encoder's final tokens",
 }
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #cc23f02f
+# %% ../../nbs/50_models/53_foveation_config.ipynb #2b7e5128
 @dataclass(frozen=True, kw_only=True)
-class FoveationConfig:
+class FoveationConfig(ModelConfig):
     """What a foveated video-language model is made of and what of it is trained; checked on creation.
 
     Raises: ConfigError naming the field, what came and what was expected.
@@ -137,41 +137,11 @@ class FoveationConfig:
         "Does a loss look at both passes at once?"
         return self.entropy_margin_weight > 0 or self.contrastive_weight > 0
 
-    @classmethod
-    def preset(
-        cls,
-        name: str,  # one of PRESETS
-        **changes,  # fields to set otherwise; an unknown one is an error
-    ) -> "FoveationConfig":
-        """The named preset with some fields changed.
 
-        Raises: ConfigError for an unknown preset or field.
-        """
-        return cls.from_dict({**PRESETS[check_choice("preset", name, PRESETS)](), **changes})
 
-    @classmethod
-    def from_dict(
-        cls,
-        values: dict,  # fields by name, as in config.json
-    ) -> "FoveationConfig":
-        """A configuration from plain data.
 
-        Raises: ConfigError for unknown fields and for values out of range.
-        """
-        if not isinstance(values, dict):
-            raise ConfigError(f"config: expected a dict of fields, got {type(values).__name__}")
-        for name in values:
-            check_choice("config field", name, [field.name for field in dataclasses.fields(cls)])
-        return cls(**values)
 
-    def changed(
-        self,
-        **changes,  # fields to set otherwise; an unknown one is an error
-    ) -> "FoveationConfig":
-        "This configuration with some fields changed."
-        return self.from_dict({**dataclasses.asdict(self), **changes})
-
-# %% ../../nbs/50_models/53_foveation_config.ipynb #bd5743c1
+# %% ../../nbs/50_models/53_foveation_config.ipynb #09f3db6d
 def check_level(
     name: str,  # the field's name, for the message
     value,  # what came: "none", "all", "last:2", "lora:8"
@@ -190,7 +160,7 @@ def check_level(
 
 check_level("language_train", "lora:8", ("none", "all", "last:N", "lora:R"))
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #f29704dc
+# %% ../../nbs/50_models/53_foveation_config.ipynb #fe6ac282
 def seed() -> dict:
     "The source's sizes: DINOv2-small, SmolLM2-135M, latents (4,32,32), FiLM head. Cost: seconds a step of two clips of 8 frames on two cores."
     return dict(query_dim=384, embed_dim=384, hidden_size=576, target_shape=(4, 32, 32))
@@ -201,9 +171,9 @@ def tiny() -> dict:
     return dict(query_dim=24, embed_dim=32, hidden_size=48, target_shape=(4, 4, 4), head_width=16)
 
 
-PRESETS = {preset.__name__: preset for preset in (seed, tiny)}
+PRESETS = FoveationConfig.presets = {preset.__name__: preset for preset in (seed, tiny)}
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #dee0aa18
+# %% ../../nbs/50_models/53_foveation_config.ipynb #1f216b46
 @dataclass(frozen=True, kw_only=True)
 class Idea:
     "One idea of the source, in one strength."
@@ -237,7 +207,7 @@ IDEAS = {
     "gumbel": Idea(number=12, what="attention to one key, drawn", changes=dict(gumbel=True)),
 }
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #8fb03129
+# %% ../../nbs/50_models/53_foveation_config.ipynb #2a598fb5
 def with_idea(
     config: FoveationConfig,  # the model to change
     name: str,  # one of IDEAS

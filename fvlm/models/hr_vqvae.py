@@ -6,7 +6,7 @@
 __all__ = ['QUANTIZERS', 'PRESETS', 'HRVQVAEConfig', 'grey64_stride4', 'grey64_stride8', 'rgb64_stride4', 'rgb64_stride8', 'tiny',
            'ResidualBlock', 'frame_encoder', 'frame_decoder', 'checked_frames', 'frames_of', 'HRVQVAE']
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #bfe3236d
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #573a4600
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 from ..blocks.residual_quantizer import HierarchicalResidualQuantizer, LevelUsage
 from ..core import ConfigError, InputError, NonFiniteError, check_choice, check_range, check_shape
-from .saved_model import StrictlySaved
-from .sc_vfp import _drawn_from
+from .saved_model import ModelConfig, StrictlySaved, drawn_from
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #80579fee
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #27373838
 QUANTIZERS = {"tree": "path", "flat": "shared", "single": "path"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class HRVQVAEConfig:
+class HRVQVAEConfig(ModelConfig):
     """What an HR-VQVAE is made of; checked on creation.
 
     Raises: ConfigError naming the field, what came and what was expected.
@@ -80,34 +79,10 @@ class HRVQVAEConfig:
             raise ConfigError(f'quantizer: got {quantizer!r} for a configuration of "single", expected to start from a tree or a flat one')
         return dataclasses.replace(self, quantizer=quantizer)
 
-    @classmethod
-    def preset(
-        cls,
-        name: str,  # one of PRESETS
-        **changes,  # fields to set otherwise; an unknown one is an error
-    ) -> "HRVQVAEConfig":
-        """The named preset with some fields changed.
 
-        Raises: ConfigError for an unknown preset or field.
-        """
-        return cls.from_dict({**PRESETS[check_choice("preset", name, PRESETS)](), **changes})
 
-    @classmethod
-    def from_dict(
-        cls,
-        values: dict,  # fields by name, as in config.json
-    ) -> "HRVQVAEConfig":
-        """A configuration from plain data.
 
-        Raises: ConfigError for unknown fields and for values out of range.
-        """
-        if not isinstance(values, dict):
-            raise ConfigError(f"config: expected a dict of fields, got {type(values).__name__}")
-        for name in values:
-            check_choice("config field", name, [field.name for field in dataclasses.fields(cls)])
-        return cls(**values)
-
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #fa62a614
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #1e0fa06e
 def grey64_stride4() -> dict:
     "Grey 64x64 at stride 4: 16x16 sites, three levels of 16. Cost: a minute or two on one core for digits; `num_codes=8` for the smaller tree."
     return dict(image_size=64, channels=1, stride=4)
@@ -133,9 +108,9 @@ def tiny() -> dict:
     return dict(image_size=16, channels=1, stride=4, width=16, depth=1, embed_dim=8, num_codes=4)
 
 
-PRESETS = {preset.__name__: preset for preset in (grey64_stride4, grey64_stride8, rgb64_stride4, rgb64_stride8, tiny)}
+PRESETS = HRVQVAEConfig.presets = {preset.__name__: preset for preset in (grey64_stride4, grey64_stride8, rgb64_stride4, rgb64_stride8, tiny)}
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #91c6f3a9
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #4b07ff43
 class ResidualBlock(nn.Module):
     "x plus two 3x3 convolutions of its normalised self."
 
@@ -176,7 +151,7 @@ def frame_decoder(
     blocks = [ResidualBlock(config.width) for _ in range(config.depth)]
     return nn.Sequential(nn.Conv2d(config.embed_dim, config.width, 3, padding=1), *blocks, nn.GroupNorm(1, config.width), nn.ReLU(), *layers)
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #f7bdb757
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #28e2b639
 def checked_frames(
     name: str,  # the argument's name, for the message
     frames: Tensor,  # (B, T, C, H, W) floating point in [0, 1]
@@ -212,7 +187,7 @@ def frames_of(
         raise InputError(f'batch: expected a dict with "frames" of shape (B, T, C, H, W), got {came}')
     return checked_frames('batch["frames"]', batch["frames"], **sizes)
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #a6b44ff8
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #d59600c5
 class HRVQVAE(nn.Module, StrictlySaved):
     """Frames to codes and back.
 
@@ -230,7 +205,7 @@ class HRVQVAE(nn.Module, StrictlySaved):
     ):
         super().__init__()
         self.config = config
-        with _drawn_from(seed):
+        with drawn_from(seed):
             self.encoder, self.decoder = frame_encoder(config), frame_decoder(config)
         with torch.device("cpu"):  # codewords come from a generator of their own, which no meta device has
             self.quantizer = HierarchicalResidualQuantizer(

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['RIVALS', 'FramePredictorConfig', 'FramePredictor', 'ConvLSTMConfig', 'ConvLSTM', 'SimVPConfig', 'GatedSpatialBlock',
-           'SimVP', 'PixelCopyLast', 'PixelLinear']
+           'SimVP', 'PixelCopyLast', 'PixelMean', 'PixelLinear']
 
-# %% ../../nbs/50_models/59_rivals.ipynb #fb65ac2a
-import dataclasses
+# %% ../../nbs/50_models/59_rivals.ipynb #6cf80e62
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -17,12 +16,11 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, InputError, check_choice, check_range
 from .hr_vqvae import checked_frames, frames_of
-from .saved_model import StrictlySaved
-from .sc_vfp import _drawn_from
+from .saved_model import ModelConfig, StrictlySaved, drawn_from
 
-# %% ../../nbs/50_models/59_rivals.ipynb #749f7a32
+# %% ../../nbs/50_models/59_rivals.ipynb #fef3f6f5
 @dataclass(frozen=True, kw_only=True)
-class FramePredictorConfig:
+class FramePredictorConfig(ModelConfig):
     """What every predictor of frames must know.
 
     Raises: ConfigError naming the field, what came and what was expected.
@@ -40,20 +38,6 @@ class FramePredictorConfig:
         if self.image_size % self.patch_size:
             raise ConfigError(f"image_size: got {self.image_size}, expected a multiple of patch_size={self.patch_size}")
 
-    @classmethod
-    def from_dict(
-        cls,
-        values: dict,  # fields by name, as in config.json
-    ) -> "FramePredictorConfig":
-        """A configuration from plain data.
-
-        Raises: ConfigError for unknown fields and for values out of range.
-        """
-        if not isinstance(values, dict):
-            raise ConfigError(f"config: expected a dict of fields, got {type(values).__name__}")
-        for name in values:
-            check_choice("config field", name, [field.name for field in dataclasses.fields(cls)])
-        return cls(**values)
 
 
 class FramePredictor(nn.Module, StrictlySaved):
@@ -125,7 +109,7 @@ class FramePredictor(nn.Module, StrictlySaved):
 def _folded(frames: Tensor, patch: int) -> Tensor:  # (N, C, H, W) -> (N, C patch^2, H/patch, W/patch), channels last in memory
     return F.pixel_unshuffle(frames, patch).contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/50_models/59_rivals.ipynb #b9aab191
+# %% ../../nbs/50_models/59_rivals.ipynb #879248b4
 @dataclass(frozen=True, kw_only=True)
 class ConvLSTMConfig(FramePredictorConfig):
     "What a ConvLSTM is made of."
@@ -159,7 +143,7 @@ class ConvLSTM(FramePredictor):
         super().__init__(config)
         folded = config.channels * config.patch_size**2
         inputs = (folded, *config.widths[:-1])
-        with _drawn_from(seed):
+        with drawn_from(seed):
             self.gates = nn.ModuleList(nn.Conv2d(a + b, 4 * b, config.kernel_size, padding=config.kernel_size // 2) for a, b in zip(inputs, config.widths))
             self.paint = nn.Conv2d(config.widths[-1], folded, 1)
         with torch.no_grad():
@@ -199,7 +183,7 @@ class ConvLSTM(FramePredictor):
         "Grey frames of 16x16, 3 seen and 2 predicted."
         return cls(ConvLSTMConfig.from_dict({**dict(image_size=16, context_frames=3, future_frames=2, widths=(8,)), **changes}), seed=seed)
 
-# %% ../../nbs/50_models/59_rivals.ipynb #f2fcc171
+# %% ../../nbs/50_models/59_rivals.ipynb #9ba90843
 @dataclass(frozen=True, kw_only=True)
 class SimVPConfig(FramePredictorConfig):
     "What a small SimVP is made of."
@@ -262,7 +246,7 @@ class SimVP(FramePredictor):
     ):
         super().__init__(config)
         folded, width = config.channels * config.patch_size**2, config.width
-        with _drawn_from(seed):
+        with drawn_from(seed):
             self.first = nn.Sequential(nn.Conv2d(folded, width, 3, padding=1), nn.GroupNorm(1, width), nn.SiLU())
             self.down = nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), nn.GroupNorm(1, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU())
             self.inward = nn.Conv2d(config.context_frames * width, config.hidden_width, 1)
@@ -304,7 +288,7 @@ class SimVP(FramePredictor):
 
 RIVALS = {"conv_lstm": (ConvLSTM, ConvLSTMConfig), "simvp": (SimVP, SimVPConfig)}
 
-# %% ../../nbs/50_models/59_rivals.ipynb #89b1ee58
+# %% ../../nbs/50_models/59_rivals.ipynb #2b67dbc8
 class PixelCopyLast:
     "Predicts that nothing changes: the last frame again."
 
@@ -318,6 +302,32 @@ class PixelCopyLast:
         "(B, frames, C, H, W): the last frame seen."
         count = check_range("frames", frames, 1, integer=True)
         return checked_frames("context", context)[:, -1:].expand(-1, count, -1, -1, -1)
+
+
+class PixelMean:
+    "Predicts the same picture always: the mean of the frames it was fitted on. Where most of a picture is black, squared error likes it better than copy-last."
+
+    num_parameters = 0
+
+    def fit(
+        self,
+        frames: Tensor,  # (B, T, C, H, W) in [0, 1], of the training side
+    ) -> "PixelMean":
+        "Itself, fitted."
+        self.mean = checked_frames("frames", frames).mean((0, 1))
+        self.num_parameters = self.mean.numel()
+        return self
+
+    def predict(
+        self,
+        context: Tensor,  # (B, T, C, H, W) in [0, 1], T >= 1; only its number of clips is used
+        frames: int,  # how many to predict, >= 1
+    ) -> Tensor:
+        "(B, frames, C, H, W): the mean picture. Raises: InputError before `fit`."
+        if self.num_parameters == 0:
+            raise InputError("PixelMean: predict was called before fit")
+        count = check_range("frames", frames, 1, integer=True)
+        return self.mean.expand(len(checked_frames("context", context)), count, -1, -1, -1)
 
 
 class PixelLinear:

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'EMBEDDINGS', 'SHRVQVAEConfig', 'expected_codewords', 'brightness_centres', 'constant_velocity_loss',
            'SHRVQVAE']
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #3c9e1e24
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #3fd98147
 import dataclasses
 from dataclasses import dataclass
 
@@ -18,10 +18,9 @@ from ..blocks.codebook_tree import CodebookTree, check_codes
 from ..blocks.pixelcnn import SpatiotemporalPixelCNN, code_loss, gumbel_noise
 from ..core import ConfigError, InputError, check_choice, check_range
 from .hr_vqvae import HRVQVAE, HRVQVAEConfig, checked_frames, frames_of
-from .saved_model import StrictlySaved
-from .sc_vfp import _drawn_from
+from .saved_model import ModelConfig, StrictlySaved, drawn_from
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #cf0010a6
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #5f966f98
 STAGES = {
     "disjoint": "the predictor learns codes; encoder, codebooks and decoder are frozen",
     "joint": "predictor and decoder learn together, the pixel term passing through a Gumbel-softmax; encoder and codebooks are frozen",
@@ -30,7 +29,7 @@ EMBEDDINGS = {"tree": "the quantiser's codewords, frozen", "learned": "codewords
 
 
 @dataclass(frozen=True, kw_only=True)
-class SHRVQVAEConfig:
+class SHRVQVAEConfig(ModelConfig):
     """What an S-HR-VQVAE is made of; checked on creation.
 
     Raises: ConfigError naming the field, what came and what was expected.
@@ -60,20 +59,6 @@ class SHRVQVAEConfig:
             check_range(name, getattr(self, name), low=0)
         check_range("gumbel_tau", self.gumbel_tau, low=1e-3)
 
-    @classmethod
-    def from_dict(
-        cls,
-        values: dict,  # fields by name, as in config.json
-    ) -> "SHRVQVAEConfig":
-        """A configuration from plain data.
-
-        Raises: ConfigError for unknown fields and for values out of range.
-        """
-        if not isinstance(values, dict):
-            raise ConfigError(f"config: expected a dict of fields, got {type(values).__name__}")
-        for name in values:
-            check_choice("config field", name, [field.name for field in dataclasses.fields(cls)])
-        return cls(**values)
 
     def pixelcnn(
         self,
@@ -84,7 +69,7 @@ class SHRVQVAEConfig:
             tree.num_codes, tree.num_levels, grid=self.hr_vqvae.grid, channels=self.channels, depth=self.depth, kernel=self.kernel, attention_every=self.attention_every,
             num_heads=self.num_heads, attention_frames=self.attention_frames, tree=tree if self.embeddings == "tree" else None, books=tree.books)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #8b0ad013
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #f5928191
 def expected_codewords(
     logits: Tensor,  # (B,T,L,h,w,m) of a predictor that saw the true codes before each
     codes: Tensor,  # (B,T,L,h,w) the true codes: they say which books are open
@@ -106,7 +91,7 @@ def expected_codewords(
         parts.append((share.unsqueeze(-2) @ tree.active_book(sites[..., :level])).squeeze(-2))
     return sum(parts).movedim(-1, 2)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #1fb43382
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #4d9ad9b5
 def brightness_centres(
     frames: Tensor,  # (B,T,C,H,W), dark background; values below 0 count as 0
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +122,7 @@ def constant_velocity_loss(
     judged = (visible & (true_acceleration.detach().norm(dim=-1) < tolerance)).to(acceleration.dtype)
     return (acceleration.square().sum(-1) * judged).sum() / judged.sum().clamp(min=1)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #d7ffdc69
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #4da8af7b
 class SHRVQVAE(nn.Module, StrictlySaved):
     """Predicts frames: encode, predict codes, decode.
 
@@ -164,7 +149,7 @@ class SHRVQVAE(nn.Module, StrictlySaved):
             config = SHRVQVAEConfig.from_dict({**sizes, **changes, "hr_vqvae": hr_vqvae.config})
         tree = hr_vqvae.quantizer
         if pixelcnn is None:
-            with _drawn_from(seed):
+            with drawn_from(seed):
                 pixelcnn = config.pixelcnn(tree)
         came, wanted = ((p.num_codes, p.num_levels, tuple(grid)) for p, grid in ((pixelcnn, pixelcnn.grid), (tree, config.hr_vqvae.grid)))
         if came != wanted:

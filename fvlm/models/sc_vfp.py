@@ -5,24 +5,23 @@
 # %% auto #0
 __all__ = ['PRESETS', 'SCVFPConfig', 'paper', 'paper_budget', 'small', 'tiny', 'SCVFP', 'start_from_ridge']
 
-# %% ../../nbs/50_models/52_sc_vfp.ipynb #e46318b8
+# %% ../../nbs/50_models/52_sc_vfp.ipynb #b9cd8856
 import dataclasses
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks.encoder_block import ACTIVATIONS, ATTENTION_ARMS, EmbeddingEncoder, EncoderBlock, HybridAttention, attention_arm, check_arm, dropout
-from ..core import ConfigError, InputError, check_choice, check_range, check_shape, derive_seed
+from ..core import ConfigError, InputError, check_choice, check_range, check_shape
 from .baselines import RidgeRegression, context_of
-from .saved_model import StrictlySaved
+from .saved_model import ModelConfig, StrictlySaved, drawn_from
 from ..objectives.losses import SIMILARITY_KINDS, embedding_mse_loss, semantic_similarity_loss
 
-# %% ../../nbs/50_models/52_sc_vfp.ipynb #8b5dd1d5
+# %% ../../nbs/50_models/52_sc_vfp.ipynb #f6d0321b
 @dataclass(frozen=True, kw_only=True)
-class SCVFPConfig:
+class SCVFPConfig(ModelConfig):
     """What an SC-VFP model is made of; checked on creation.
 
     Raises: ConfigError naming the field, what came and what was expected.
@@ -77,36 +76,10 @@ class SCVFPConfig:
         "Width of the tokens inside the encoder."
         return self.embed_dim if self.width is None else self.width
 
-    @classmethod
-    def preset(
-        cls,
-        name: str,  # one of PRESETS
-        **changes,  # fields to set otherwise; an unknown one is an error
-    ) -> "SCVFPConfig":
-        """The named preset with some fields changed.
 
-        Raises: ConfigError for an unknown preset or field.
-        """
-        return cls.from_dict({**PRESETS[check_choice("preset", name, PRESETS)](), **changes})
 
-    @classmethod
-    def from_dict(
-        cls,
-        values: dict,  # fields by name, as in config.json
-    ) -> "SCVFPConfig":
-        """A configuration from plain data.
 
-        Raises: ConfigError for unknown or missing fields and for values out of range.
-        """
-        if not isinstance(values, dict):
-            raise ConfigError(f"config: expected a dict of fields, got {type(values).__name__}")
-        for name in values:
-            check_choice("config field", name, [field.name for field in dataclasses.fields(cls)])
-        if "embed_dim" not in values:
-            raise ConfigError("embed_dim: missing, expected the dimension of the frame embeddings")
-        return cls(**values)
-
-# %% ../../nbs/50_models/52_sc_vfp.ipynb #41182605
+# %% ../../nbs/50_models/52_sc_vfp.ipynb #ef0d3906
 def paper() -> dict:
     "As published: 6 blocks, 8 full-width heads, feed-forward 2048, ReLU, post-norm, dropout 0.1. Cost: hours on two cores at 768."
     return dict(embed_dim=768)
@@ -127,18 +100,9 @@ def tiny() -> dict:
     return dict(embed_dim=16, width=32, depth=2, num_heads=2, ffn_dim=64, mlp_dims=(), activation="gelu", norm="pre", dropout=0.0, predict="residual")
 
 
-PRESETS = {preset.__name__: preset for preset in (paper, paper_budget, small, tiny)}
+PRESETS = SCVFPConfig.presets = {preset.__name__: preset for preset in (paper, paper_budget, small, tiny)}
 
-# %% ../../nbs/50_models/52_sc_vfp.ipynb #af110af1
-@contextmanager
-def _drawn_from(seed: int):
-    "CPU draws inside come from `seed`, and the global generator is as before afterwards; meta stays meta."
-    device = torch.get_default_device()
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
-        torch.default_generator.manual_seed(derive_seed(seed, "initial parameters"))  # torch.manual_seed would touch CUDA too
-        yield
-
-
+# %% ../../nbs/50_models/52_sc_vfp.ipynb #77b45735
 def _block(config: SCVFPConfig, attention: Callable[[int], nn.Module] | None, index: int) -> EncoderBlock:
     "Block `index`, its attention made first: the order of draws is part of what a seed means."
     if attention is not None:
@@ -170,7 +134,7 @@ class SCVFP(nn.Module, StrictlySaved):
         super().__init__()
         self.config = config if attention is None else dataclasses.replace(config, attention="custom")
         sizes = (config.encoder_width, *config.mlp_dims, config.embed_dim)
-        with _drawn_from(seed):
+        with drawn_from(seed):
             self.encoder = EmbeddingEncoder(
                 config.embed_dim, config.encoder_width, config.depth, lambda index: _block(config, attention, index),
                 context_frames=config.context_frames, input_noise=config.input_noise, dropout=config.embedding_dropout)
@@ -255,7 +219,7 @@ class SCVFP(nn.Module, StrictlySaved):
         "A model that trains in seconds on a CPU: the preset `tiny`, embeddings of 16 dimensions."
         return cls(SCVFPConfig.preset("tiny"), seed=seed)
 
-# %% ../../nbs/50_models/52_sc_vfp.ipynb #c1c7f5d8
+# %% ../../nbs/50_models/52_sc_vfp.ipynb #9c677ef1
 @torch.no_grad()
 def start_from_ridge(
     model: SCVFP,  # with linear_skip=True; freshly made and predicting residuals, it then equals ridge exactly
