@@ -1,10 +1,9 @@
-"""Bar vii: deep query attention, nine queries a frame against one, keys and values computed once; and the two products against their rivals."""
+"""Bar vii: deep query attention, nine queries a frame against one, keys and values computed once."""
 import torch
-import torch.nn.functional as F
 
 from benchmarks.timing import Table, compare
 from fvlm.blocks.query_attention import QueryAttention
-from fvlm.encoders.keys_values import KeysValues, VisionEncoder, query_answers, query_scores
+from fvlm.encoders.keys_values import KeysValues, VisionEncoder
 
 CLIPS, FRAMES, MANY = 1, 4, 9
 SIZES = dict(image_size=224, embed_dim=384, depth=12, heads=6, patch_size=14)  # DINOv2-S; the weights do not matter for the time
@@ -61,43 +60,9 @@ def costs(table: Table, kind: str) -> None:
               compare("layout", lambda: learn(one, kept), lambda: learn(one, frame_by_frame), check=None, threads=(1,)))
 
 
-def products(table: Table, kind: str) -> None:
-    "Attention of one layer by the two products against scaled_dot_product_attention and against plain matmuls, keys and values frozen."
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
-    draw = torch.Generator().manual_seed(1)
-    layers = [tuple(torch.randn(CLIPS, FRAMES, 6, 257, 64, generator=draw).to(dtype) for _ in "kv") for _ in range(6)]  # several, so that no cache holds them all
-    for count in (1, MANY):
-        q = torch.randn(CLIPS, FRAMES, 6, count, 64, generator=draw)
-        upstream = torch.randn(q.shape, generator=draw).to(dtype)
-
-        def ours(q, k, v):
-            return query_answers((query_scores(q, k) * 0.125).softmax(-1), v)
-
-        def plain(q, k, v):
-            return (q.to(dtype) @ k.mT * 0.125).softmax(-1, dtype=torch.float32).to(dtype) @ v
-
-        def fused(q, k, v):
-            return F.scaled_dot_product_attention(q.to(dtype).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).view(upstream.shape)
-
-        def step(way):
-            asked = q.clone().requires_grad_()
-            for k, v in layers:
-                gradient = torch.autograd.grad(way(asked, k, v), asked, upstream)[0]
-            return gradient
-
-        for name, rival in (("plain matmuls", plain), ("scaled_dot_product_attention", fused)):
-            def agree():
-                near(ours(q, *layers[0]), rival(q, *layers[0]), kind)
-                near(step(ours), step(rival), kind)
-
-            table.add(f"products, {count} quer{'y' if count == 1 else 'ies'}, {kind}, forward and backward: ours / {name}", compare(name, lambda: step(ours), lambda: step(rival), check=agree, rounds=5, threads=(1,)))
-
-
 def main() -> Table:
     "Both types; the bar is for the whole call, everything else is for information."
     table = Table("query_attention")
     for kind in ("fp32", "bf16"):
         costs(table, kind)
-    for kind in ("fp32", "bf16"):
-        products(table, kind)
     return table

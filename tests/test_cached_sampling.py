@@ -6,16 +6,12 @@ from fvlm.blocks.causal_stacks import CausalTrunk, TrunkCache
 from fvlm.blocks.codebook_tree import CodebookTree
 from fvlm.blocks.pixelcnn import SpatiotemporalPixelCNN
 from fvlm.core import generator
+from tests.drawn_pixelcnn import drawn_pixelcnn
 
 
 def made(**changes):
     "A small model whose answers are far from even."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = SpatiotemporalPixelCNN(**{"num_codes": 4, "num_levels": 2, "grid": (3, 4), "channels": 8, "depth": 2, "attention_every": 1, "num_heads": 2, "attention_frames": 2, **changes})
-        for parameter in model.parameters():
-            parameter.data.add_(0.15 * torch.randn_like(parameter))
-    return model.eval()
+    return drawn_pixelcnn(spread=0.15, **{"num_codes": 4, "grid": (3, 4), "attention_frames": 2, **changes})
 
 
 def context_of(model, clips=2, frames=2):

@@ -1,6 +1,7 @@
 """Clips are encoded once, found again by what they are, repaired when damaged, and never on two sides."""
 import multiprocessing
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def fill(arguments):
 
 
 def test_two_writers_of_one_folder_agree(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:  # a Pool would wait for ever for a writer that dies
         first, second = pool.map(fill, [(tmp_path, 0), (tmp_path, 1)])
     assert first == second and not list(tmp_path.rglob("*.part"))
 

@@ -10,7 +10,8 @@ from fvlm.evidence.foveation_grid import (
     PLAIN, Cell, at_equal_flops, by_clip_and_frame, cells_of, errors_from_records, from_record, gigaflops_per_step, grid_table, protocols, run_foveation_grid,
 )
 from fvlm.evidence.foveation_protocol import ARMS
-from fvlm.recipes.foveated_vlm import errors_by_frame, load_foveation_recipe, load_parts, open_clips, train_twin
+from fvlm.evidence.query_swaps import path_errors
+from fvlm.recipes.foveated_vlm import load_foveation_recipe, load_parts, open_clips, train_twin
 from fvlm.training.records import RunRecord, read_records
 
 
@@ -74,8 +75,8 @@ def test_records_hold_what_the_models_say(done, opened):
     model, _ = train_twin(cell.recipe(recipe), parts, sides["train"], trained_pass="both", seed=1, progress=False)
     record = next(r for r in read_records(root, "study") if r.run == cell.name)
     order = np.argsort(sides["test"].names)
-    for name, errors in errors_by_frame(model, sides["test"]).items():
-        assert np.allclose(from_record(record, name, frames=4), errors.numpy()[order], rtol=1e-5), name
+    for name, errors in path_errors(model, sides["test"]).items():
+        assert np.allclose(from_record(record, name, frames=4), errors[order], rtol=1e-5), name
     assert record.metrics["gigaflops_per_step"] > 0 and record.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -10,10 +10,11 @@ from fvlm.encoders.keys_values import VisionEncoder
 from fvlm.encoders.language_model import LanguageModel
 from fvlm.encoders.latents import load_codec
 from fvlm.models.foveated_vlm import FoveatedVLM
-from fvlm.recipes.cued_gaze import STUDY, TaughtGaze, WithStates, coarse_states, cued_sides, gaze_by_question, gaze_on, patch_map, patch_shares, points_on, run_gaze
+from fvlm.objectives.gaze_statistics import gaze_of, mass_on, patch_cover
+from fvlm.recipes.cued_gaze import STUDY, TaughtGaze, cued_sides, gaze_by_question, run_gaze, with_states
 from fvlm.recipes.foveated_vlm import Parts, build, tiny
 from fvlm.recipes.foveation_probes import at_temperature, autocorrelation, likeness_of, noise_frames, sensitivity, share_above_one, width_of
-from fvlm.recipes.quick_experiments import QUICK, rounded, run_looks, run_null_steps
+from fvlm.recipes.quick_experiments import QUICK, record_once, rounded, run_looks, run_steps
 from fvlm.training.loop import TrainConfig
 from fvlm.training.records import read_records
 
@@ -100,43 +101,22 @@ def test_autocorrelation_of_known_series():
         autocorrelation(swing, 99)
 
 
-def test_gaze_on_counts_patches_and_leaves_prefix_tokens_out():
-    attention = torch.tensor([0.5, 0.3, 0.1, 0.1, 0.0]).expand(1, 1, 2, 1, 5)  # a class token, four patches
-    cover = torch.tensor([[[[1.0, 0, 0, 0], [0, 0.2, 0, 1.0], [0, 0, 0, 0]]]])
-    on = gaze_on([attention, attention], cover)
-    torch.testing.assert_close(on[0, 0, :2], torch.tensor([0.6, 0.2]))
-    assert on[0, 0, 2].isnan()
-
-
-def test_points_on_the_strongest_patch():
-    attention = torch.tensor([0.5, 0.1, 0.3, 0.1, 0.0]).expand(1, 1, 2, 1, 5)  # the class token is no place
-    cover = torch.tensor([[[[1.0, 0, 0, 0], [0, 0.2, 0, 1.0], [0, 0, 0, 0]]]])
-    assert points_on([attention], cover)[0, 0, :2].tolist() == [0.0, 1.0] and points_on([attention], cover)[0, 0, 2].isnan()
-    torch.testing.assert_close(patch_map([attention], 4).sum(-1), torch.ones(1, 1))
-
-
-def test_patch_shares():
-    masks = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
-    masks[:, 0, :2, :3] = True
-    assert patch_shares(masks, (2, 2))[0, 0].tolist() == [1.0, 0.5, 0.0, 0.0]
-
-
 def test_same_clips_other_question(sides):
     for name in ("train", "test"):
         first, second = (side[name] for side in sides)
         assert first.names == second.names
         for i in range(len(first)):
             assert torch.equal(first[i]["values"], second[i]["values"]) and torch.equal(first[i]["cover"], second[i]["cover"]) and "caption" not in second[i]
-    asked = [[clip.question for clip in side["test"].clips.clips] for side in sides]
+    asked = [[clip.question for clip in side["test"].clips] for side in sides]
     assert all(a != b for a, b in zip(*asked))
-    for clip in sides[0]["test"].clips.clips:
+    for clip in sides[0]["test"].clips:
         assert clip.question in clip.caption.lower()
 
 
 def test_the_cued_shape_comes_first(sides, recipe, parts):
-    clip = sides[0]["test"].clips.clips[0]
+    clip = sides[0]["test"].clips[0]
     found = clip.read()
-    cued = patch_shares(found["masks"][:, found["cue"]][:, None], parts.encoder.grid)[:, 0]
+    cued = patch_cover(found["masks"][:, found["cue"]], parts.encoder.grid)
     assert torch.equal(sides[0]["test"][0]["cover"][:, 0], cued)
 
 
@@ -156,13 +136,13 @@ def test_static_query_does_not_hear_the_question(sides, recipe, parts):
 
 def test_taught_alone_moves_the_query_map_and_equals_the_whole_model(sides, recipe, parts):
     model = build(recipe, parts, seed=0)
-    lesson = WithStates(sides[0]["train"], coarse_states(model, sides[0]["train"]))
+    lesson = with_states(sides[0]["train"], model)
     net = TaughtGaze(model, 1.0, alone=True)
     batch = torch.utils.data.default_collate([lesson[i] for i in range(3)])
     terms = net.loss(net(batch), batch)
     whole = torch.utils.data.default_collate([sides[0]["train"][i] for i in range(3)])
     whole = {name: x for name, x in whole.items() if name != "caption"}
-    torch.testing.assert_close(gaze_on(model(whole, intermediates=True)["attention"], whole["cover"])[:, 1:, 0].nanmean(), terms["on_object"])
+    torch.testing.assert_close(mass_on(gaze_of(model(whole, intermediates=True)["attention"], patches=whole["cover"].shape[-1]), whole["cover"][:, :, 0])[:, 1:].nanmean(), terms["on_object"])
     assert {name for name, p in net.named_parameters() if p.requires_grad} == {"model.llm_to_query.weight", "model.llm_to_query.bias"}
     assert torch.equal(terms["loss"], terms["gaze"])
 
@@ -178,11 +158,12 @@ def test_records_are_written_once(sides, recipe, parts, tmp_path):
     run_gaze("untrained", replace(recipe, world_clips=10), parts, steps=0, root=tmp_path, dir=tmp_path / "clips")
     (record,) = read_records(tmp_path, STUDY)
     assert record.metrics["asked_0_on_0"] > 0 and record.config["taught"]["steps"] == 0 and len(record.metrics_by_clip["chance_of_0_frame_2"]) == 2
-    clips = sides[0]["test"].clips
+    clips = sides[0]["test"].view(range(len(sides[0]["test"])))
     clips.parts = (*clips.parts, "patches", "cls")
     runs = run_looks(recipe, parts, clips, seeds=(0,), root=tmp_path)
     assert len(runs) == 4 and run_looks(recipe, parts, clips, seeds=(0,), root=tmp_path) == []
-    assert run_null_steps(pairs=2, steps=14, first=2, root=tmp_path) and run_null_steps(pairs=2, root=tmp_path) is None
+    few = dict(pairs=2, steps=14, first=2, seeds=(0, 1), batches=5, batch_size=2, root=tmp_path)
+    assert len(run_steps(recipe, parts, clips, **few)) == 2 and run_steps(recipe, parts, clips, **few) == []
     share = next(r for r in read_records(tmp_path, QUICK) if r.run == "steps--twins").metrics_by_clip["share"]
     assert len(share) == 2 and all(0 <= x <= 1 for x in share.values())
 

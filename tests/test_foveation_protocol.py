@@ -1,13 +1,14 @@
-"""Four ratios or none, verdict words by their intervals, trivial rows on the same frames, gradient routes, and the way from models to errors."""
+"""Four ratios or none, verdict words by their intervals, trivial rows on the same frames, and the way from models to errors."""
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
+from tests.random_clips import RandomClips
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError, generator
-from fvlm.evidence.foveation_protocol import FoveationErrors, Ratio, coarse_over_fine, foveation_protocol, gradient_routes, measure, path_errors
+from fvlm.evidence.foveation_protocol import FoveationErrors, Ratio, coarse_over_fine, foveation_protocol, measure
+from fvlm.evidence.query_swaps import path_errors
 from fvlm.models.foveated_vlm import FoveatedVLM
 
 
@@ -128,20 +129,8 @@ def test_shapes_and_frames_that_do_not_fit():
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
-class Clips:
-    def __init__(self, n=6, T=4):
-        draw = generator(0, "clips")
-        self.tensors = {"frames": torch.rand(n, T, 3, 28, 28, generator=draw), "latents": torch.randn(n, T, 4, 4, 4, generator=draw)}
-
-    def __len__(self):
-        return len(self.tensors["frames"])
-
-    def batch(self, indices):
-        return {name: values[indices] for name, values in self.tensors.items()}
-
-
 def test_from_models_to_the_protocol():
-    clips = Clips()
+    clips = RandomClips(6, 4)
     models = [{arm: FoveatedVLM.tiny(seed, trained_pass=arm) for arm in ("fine", "coarse", "both")} for seed in (0, 1)]
     found = measure(models, clips, batch_size=4)
     assert found.fine.shape == (2, 6, 4) and np.allclose(found.swapped["own"], found.fine, rtol=1e-5)
@@ -154,25 +143,3 @@ def test_from_models_to_the_protocol():
         measure([{"fine": models[0]["fine"], "coarse": models[0]["coarse"]}], clips)
     with pytest.raises(InputError, match="was trained on 'coarse'"):
         measure([{**models[0], "fine": models[0]["coarse"]}], clips)
-
-
-def test_gradient_routes():
-    batch = Clips().batch(torch.arange(6))
-    batch["caption"] = torch.randint(250, (6, 4), generator=generator(0, "caption"))
-    for arm, never in (("fine", "pool_init"), ("coarse", "fine_token"), ("both", "no_text_token")):
-        model = FoveatedVLM.tiny(trained_pass=arm)
-        model.q_static.grad = torch.ones_like(model.q_static)
-        routes = gradient_routes(model, batch)
-        assert torch.equal(model.q_static.grad, torch.ones_like(model.q_static)) and all(p.grad is None for name, p in model.named_parameters() if name != "q_static")
-        assert "encoder" in routes.frozen and routes.norms["loss"]["encoder"] == 0
-        assert routes.norms["loss"]["head"] > 0 and routes.table().count("\n") == len(model.parts()) + 1
-    fine, coarse = (gradient_routes(FoveatedVLM.tiny(trained_pass=arm), batch).norms["loss"] for arm in ("fine", "coarse"))
-    assert coarse["fine_token"] == coarse["q_init"] == coarse["llm_to_query"] == 0 < coarse["q_static"]
-    assert fine["fine_token"] > 0 and fine["llm_to_query"] > 0 and fine["q_static"] > 0, "the static query is reached through the queries"
-    captioned = gradient_routes(FoveatedVLM.tiny(trained_pass="fine", caption_weight=1.0), batch)
-    assert captioned.norms["caption"]["head"] == 0 < captioned.norms["caption"]["dino_to_llm"] and captioned.norms["caption"]["video_end_token"] > 0
-    model = FoveatedVLM.tiny(trained_pass="both")
-    terms, joint = gradient_routes(model, batch).norms, [p for p in model.parameters() if p.requires_grad]
-    model.loss(model(batch), batch)["loss"].backward()
-    total = math.sqrt(sum(float(p.grad.square().sum()) for p in joint if p.grad is not None))
-    assert total == pytest.approx(math.sqrt(sum(norm**2 for norm in terms["loss"].values())), rel=1e-4)

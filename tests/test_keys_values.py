@@ -7,7 +7,7 @@ from torch import nn
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError
 from fvlm.encoders.embeddings import FrameEmbedder, Preprocessing
-from fvlm.encoders.keys_values import KeysValues, VisionEncoder, query_answers, query_scores
+from fvlm.encoders.keys_values import KeysValues, VisionEncoder
 
 TINY = dict(image_size=28, patch_size=7, embed_dim=32, depth=3, heads=2)
 
@@ -154,22 +154,6 @@ def test_bfloat16_storage_and_bfloat16_weights():
         end, _ = walk(exact, exact.keys_values(video), learned)
         end.float().square().sum().backward()
     assert (end.float() - reference).norm(dim=-1).mean() < 0.05 * spread and learned.grad.isfinite().all()
-
-
-# --- the two products ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("few", [1, 9])
-def test_products_and_their_gradients_are_the_plain_ones(few):
-    draw = torch.Generator().manual_seed(3)
-    q, k, v = (torch.randn(2, 3, 2, rows, 8, generator=draw, requires_grad=True) for rows in (few, 11, 11))
-    ours = query_answers(query_scores(q, k).softmax(-1), v)
-    plain = (q @ k.mT).softmax(-1) @ v
-    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
-    upstream = torch.randn(ours.shape, generator=draw)
-    for a, b in zip(torch.autograd.grad(ours, (q, k, v), upstream), torch.autograd.grad(plain, (q, k, v), upstream)):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    frozen = query_answers(query_scores(q, k.detach()).softmax(-1), v.detach())
-    torch.testing.assert_close(torch.autograd.grad(frozen, q, upstream)[0], torch.autograd.grad((q @ k.mT).softmax(-1) @ v, q, upstream)[0], atol=1e-5, rtol=1e-5)
 
 
 # --- frozen and trained ----------------------------------------------------------------------------------------------

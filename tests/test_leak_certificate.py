@@ -1,9 +1,11 @@
-"""The certificate catches planted leaks of every kind, passes the default model in all its shapes, and refuses to be empty."""
+"""The certificate catches planted leaks of every kind, passes the default model in all its shapes, and refuses to be empty; gradient routes say which loss reaches which part."""
+import math
+
 import pytest
 import torch
 
 from fvlm.core import ConfigError, InputError, generator
-from fvlm.evidence.leak_certificate import PERTURBATIONS, leak_certificate, perturbed
+from fvlm.evidence.leak_certificate import PERTURBATIONS, gradient_routes, leak_certificate, perturbed
 from fvlm.models.foveated_vlm import FoveatedVLM
 
 
@@ -127,3 +129,24 @@ def test_bad_input():
         leak_certificate(model, example(frames=2))
     with pytest.raises(ConfigError, match="frame"):
         leak_certificate(model, example(), frame=0)
+
+
+def test_gradient_routes():
+    batch = {name: x for name, x in example().items() if name in ("frames", "latents", "caption")}
+    for arm, never in (("fine", "pool_init"), ("coarse", "fine_token"), ("both", "no_text_token")):
+        model = FoveatedVLM.tiny(trained_pass=arm)
+        model.q_static.grad = torch.ones_like(model.q_static)
+        routes = gradient_routes(model, batch)
+        assert torch.equal(model.q_static.grad, torch.ones_like(model.q_static)) and all(p.grad is None for name, p in model.named_parameters() if name != "q_static")
+        assert "encoder" in routes.frozen and routes.norms["loss"]["encoder"] == 0
+        assert routes.norms["loss"]["head"] > 0 and routes.table().count("\n") == len(model.parts()) + 1
+    fine, coarse = (gradient_routes(FoveatedVLM.tiny(trained_pass=arm), batch).norms["loss"] for arm in ("fine", "coarse"))
+    assert coarse["fine_token"] == coarse["q_init"] == coarse["llm_to_query"] == 0 < coarse["q_static"]
+    assert fine["fine_token"] > 0 and fine["llm_to_query"] > 0 and fine["q_static"] > 0, "the static query is reached through the queries"
+    captioned = gradient_routes(FoveatedVLM.tiny(trained_pass="fine", caption_weight=1.0), batch)
+    assert captioned.norms["caption"]["head"] == 0 < captioned.norms["caption"]["dino_to_llm"] and captioned.norms["caption"]["video_end_token"] > 0
+    model = FoveatedVLM.tiny(trained_pass="both")
+    terms, joint = gradient_routes(model, batch).norms, [p for p in model.parameters() if p.requires_grad]
+    model.loss(model(batch), batch)["loss"].backward()
+    total = math.sqrt(sum(float(p.grad.square().sum()) for p in joint if p.grad is not None))
+    assert total == pytest.approx(math.sqrt(sum(norm**2 for norm in terms["loss"].values())), rel=1e-4)

@@ -1,42 +1,9 @@
-"""Where a gaze lies against the answer key: exact on planted gazes, and never better than what the reference explains."""
-import numpy as np
+"""The verdict on a gaze over clips: right on planted gazes, and never better than what the reference explains."""
 import pytest
 import torch
 
 from fvlm.core import ConfigError, InputError, ShapeError, generator
-from fvlm.evidence.object_gaze import chance_of, gaze_of, gaze_report, mass_on, patch_cover, points_at, saccade_lag
-
-
-def test_cover_is_the_share_of_a_patch():
-    mask = torch.zeros(2, 8, 12, dtype=torch.bool)
-    mask[1, :4, :3] = True
-    mask[1, 4, 6] = True
-    cover = patch_cover(mask, (2, 2))
-    assert torch.allclose(cover, torch.tensor([[0, 0, 0, 0], [12 / 24, 0, 0, 1 / 24]]))
-    assert mass_on(torch.tensor([[0.25] * 4, [0.1, 0.2, 0.3, 0.4]]), cover)[1] == pytest.approx(0.5)
-    assert mass_on(torch.full((2, 4), 0.25), cover)[0].isnan() and chance_of(cover)[1] == 0.5
-
-
-def test_gaze_leaves_prefix_tokens_out_and_averages_what_was_used():
-    a = torch.tensor([0.5, 0.1, 0.2, 0.2]).expand(1, 2, 3, 1, 4)  # one prefix token
-    b = torch.tensor([0.0, 0.0, 1.0, 0.0]).expand(1, 2, 3, 1, 4)
-    gaze = gaze_of([a, b], patches=3)
-    assert torch.allclose(gaze[0, 0], torch.tensor([0.1, 1.2, 0.2]) / 1.5) and torch.allclose(gaze_of([a, b], patches=3, layers=[1])[0, 1], torch.tensor([0.0, 1.0, 0.0]))
-    with pytest.raises(InputError, match="prefix tokens alone"):
-        gaze_of([torch.tensor([1.0, 0, 0, 0]).expand(1, 1, 1, 1, 4)], patches=3)
-    with pytest.raises(InputError, match="sum to 1"):
-        gaze_of([2 * a], patches=3)
-
-
-def test_pointing_shares_ties():
-    cover = torch.tensor([0.0, 0.5, 0.0, 0.0])
-    assert points_at(torch.tensor([0.1, 0.6, 0.2, 0.1]), cover) == 1 and points_at(torch.tensor([0.6, 0.2, 0.1, 0.1]), cover) == 0
-    assert points_at(torch.full((4,), 0.25), cover) == 0.25
-
-
-@pytest.mark.parametrize("mass, cue, expected", [([1, 1, 1, 1], 0, 0), ([0, 0, 1, 1], 0, 2), ([0, 0, 1, 1], 1, 1), ([1, 1, 1, 0], 0, np.inf), ([1, 0, 1, 1], 0, 2), ([0, float("nan"), 1, 1], 0, 1)])
-def test_lag_is_where_it_stays(mass, cue, expected):
-    assert saccade_lag(torch.tensor(mass, dtype=torch.float32), torch.full((4,), 0.1), cue_frame=cue) == expected
+from fvlm.evidence.object_gaze import gaze_report
 
 
 def planted(kind, clips=16, frames=5, patches=36):

@@ -9,16 +9,7 @@ from fvlm.blocks.causal_stacks import CausalAttention, CausalTrunk
 from fvlm.blocks.codebook_tree import CodebookTree, check_codes
 from fvlm.blocks.pixelcnn import SpatiotemporalPixelCNN, choose, code_loss, gumbel_noise
 from fvlm.core import ConfigError, InputError, ShapeError, generator
-
-
-def made(**changes):
-    "A small model with attention, weights from a fixed draw, biases and priors not nought."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = SpatiotemporalPixelCNN(**{"num_codes": 3, "num_levels": 2, "grid": (5, 5), "channels": 8, "depth": 2, "attention_every": 1, "num_heads": 2, "attention_frames": 3, **changes})
-        for parameter in model.parameters():
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+from tests.drawn_pixelcnn import drawn_pixelcnn
 
 
 def drawn(*shape, codes=3, stream="codes"):
@@ -39,7 +30,7 @@ OPTIONS = [dict(), dict(kernel=(1, 3, 3)), dict(kernel=(3, 5, 5)), dict(attentio
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_logits_have_no_gradient_from_self_and_future_at_every_site_and_level(options):
     "A box of 3x5x5 with two levels: clip i of the batch asks about place i, in the order time, row, column, level."
-    model, places = made(**options), 3 * 5 * 5 * 2
+    model, places = drawn_pixelcnn(**options), 3 * 5 * 5 * 2
     words, rows = words_and_rows(model, drawn(places, 3, 2, 5, 5))
     logits = model.respond(words, rows).permute(0, 1, 3, 4, 2, 5).reshape(places, places, 3)
     (logits[torch.arange(places), torch.arange(places)] * torch.randn(places, 3, generator=generator(1))).sum().backward()
@@ -55,7 +46,7 @@ STACKS = {"frames": lambda t, r, s: t * 25, "rows": lambda t, r, s: t * 25 + r *
 @pytest.mark.parametrize("stack", STACKS)
 def test_every_layer_of_every_stack_knows_only_what_it_may(stack):
     "Frames: nothing of the present frame; rows: nothing of the present row; pixels: nothing of the present site or after."
-    trunk = made().trunk
+    trunk = drawn_pixelcnn().trunk
     first_unknown = torch.tensor([STACKS[stack](*place) for place in product(range(3), range(5), range(5))])
     count = len({})
     x = torch.randn(75, 3, 5, 5, 8, generator=generator(2))
@@ -75,7 +66,7 @@ def test_every_layer_of_every_stack_knows_only_what_it_may(stack):
 
 def test_changing_a_code_changes_nothing_before_it():
     "The same law without gradients: bit for bit."
-    model, codes = made(), drawn(1, 3, 2, 5, 5)
+    model, codes = drawn_pixelcnn(), drawn(1, 3, 2, 5, 5)
     before = model(codes)
     for t, level, r, s in ((0, 0, 0, 0), (1, 1, 2, 2), (2, 0, 4, 4), (1, 0, 0, 4)):
         other = codes.clone()
@@ -89,7 +80,7 @@ def test_changing_a_code_changes_nothing_before_it():
 def test_all_81_videos_of_2x2x1_sites_have_probability_one():
     videos = torch.tensor(list(product(range(3), repeat=4))).view(81, 2, 1, 2, 1)
     for options in (dict(), dict(attention_every=0), dict(kernel=(1, 3, 3))):
-        model = made(num_levels=1, grid=(2, 1), **options).double()
+        model = drawn_pixelcnn(num_levels=1, grid=(2, 1), **options).double()
         with torch.no_grad():
             nats = F.cross_entropy(model(videos).flatten(0, -2), videos.flatten(), reduction="none").view(81, -1).sum(1)
         assert abs((-nats).exp().sum().item() - 1) < 1e-12
@@ -97,7 +88,7 @@ def test_all_81_videos_of_2x2x1_sites_have_probability_one():
 
 def test_all_729_frames_of_two_sites_with_three_levels_have_probability_one():
     videos = torch.tensor(list(product(range(3), repeat=6))).view(729, 1, 3, 1, 2)
-    model = made(num_levels=3, grid=(1, 2)).double()
+    model = drawn_pixelcnn(num_levels=3, grid=(1, 2)).double()
     with torch.no_grad():
         nats = F.cross_entropy(model(videos).flatten(0, -2), videos.flatten(), reduction="none").view(729, -1).sum(1)
     assert abs((-nats).exp().sum().item() - 1) < 1e-12
@@ -105,7 +96,7 @@ def test_all_729_frames_of_two_sites_with_three_levels_have_probability_one():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_start_leaves_out_frames_and_changes_nothing_else(options):
-    model, codes = made(**options), drawn(2, 8, 2, 5, 5)
+    model, codes = drawn_pixelcnn(**options), drawn(2, 8, 2, 5, 5)
     whole = model(codes)
     for start in (0, 1, 4, 7):
         assert torch.allclose(model(codes, start=start), whole[:, start:], atol=1e-5), start
@@ -113,7 +104,7 @@ def test_start_leaves_out_frames_and_changes_nothing_else(options):
 
 def test_sight_reaches_the_whole_past_with_attention_and_one_frame_without_time():
     def sees(**options):
-        trunk = made(grid=(7, 7), **options).trunk
+        trunk = drawn_pixelcnn(grid=(7, 7), **options).trunk
         x = torch.randn(1, 4, 7, 7, 8, generator=generator(4)).requires_grad_()
         trunk(x)[0, 3, 3, 3].sum().backward()
         return (x.grad.abs().sum(-1)[0] > 0).flatten(1).double().mean(1)
@@ -140,7 +131,7 @@ def test_attention_rows_are_a_mean_of_what_is_in_sight():
 @pytest.mark.parametrize("books", ["path", "code", "shared"])
 def test_frozen_codewords_are_a_copy_of_the_trees_and_never_move(books):
     tree = CodebookTree(6, 3, 2, books)
-    model = made(tree=tree)
+    model = drawn_pixelcnn(tree=tree)
     assert torch.equal(model.tables.codebooks, tree.codebooks) and model.tables.codebooks.data_ptr() != tree.codebooks.data_ptr()
     assert not any("codebooks" in name for name, _ in model.named_parameters()) and "tables.codebooks" in model.state_dict()
     model.loss(drawn(2, 3, 2, 5, 5), 1)["loss"].backward()
@@ -152,14 +143,14 @@ def test_frozen_codewords_are_a_copy_of_the_trees_and_never_move(books):
 
 
 def test_learned_codewords_learn():
-    model = made()
+    model = drawn_pixelcnn()
     model.loss(drawn(2, 3, 2, 5, 5), 1)["loss"].backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 def test_a_child_is_predicted_by_its_book():
     "A code that is certain given its parent, and random without: the second level learns it, though children are numbered anew in every book."
-    model = made(grid=(2, 2), num_codes=4, depth=1)
+    model = drawn_pixelcnn(grid=(2, 2), num_codes=4, depth=1)
     numbering = torch.stack([torch.randperm(4, generator=generator(6, parent)) for parent in range(4)])[:, 0]
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
     for step in range(60):
@@ -174,7 +165,7 @@ def test_a_child_is_predicted_by_its_book():
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 def test_the_loss_is_cross_entropy_over_future_frames_only():
-    model, codes = made(), drawn(2, 4, 2, 5, 5)
+    model, codes = drawn_pixelcnn(), drawn(2, 4, 2, 5, 5)
     terms = model.loss(codes, 2)
     nats = -model(codes).log_softmax(-1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)[:, 2:]
     assert torch.allclose(terms["loss"], nats.sum(2).mean(), atol=1e-5) and torch.allclose(terms["loss"], terms["loss_1"] + terms["loss_2"])
@@ -189,7 +180,7 @@ def test_a_perfect_prediction_costs_nothing_and_an_even_one_costs_log_m():
 
 
 def test_autocast_trains():
-    model = made(channels=16)
+    model = drawn_pixelcnn(channels=16)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(drawn(2, 3, 2, 5, 5), 1)["loss"]
     loss.backward()
@@ -220,14 +211,14 @@ def test_top_one_is_greedy_and_low_temperature_tends_to_it():
     ([[0]], ShapeError, "got list"),
 ])
 def test_bad_codes(codes, error, says):
-    model = made()
+    model = drawn_pixelcnn()
     for use in (model, lambda codes: model.loss(codes, 1), lambda codes: model.sample(codes, 1), lambda codes: check_codes("codes", codes, 3, 2, (5, 5))):
         with pytest.raises(error, match=says):
             use(codes)
 
 
 def test_codes_of_any_whole_type_are_the_same_codes():
-    model, codes = made(), drawn(1, 2, 2, 5, 5)
+    model, codes = drawn_pixelcnn(), drawn(1, 2, 2, 5, 5)
     assert torch.equal(model(codes), model(codes.to(torch.uint8))) and torch.equal(model(codes), model(codes.int()))
 
 
@@ -236,10 +227,10 @@ def test_codes_of_any_whole_type_are_the_same_codes():
     (lambda m: m(drawn(1, 2, 2, 5, 5), start=2), "start: got 2"), (lambda m: m.sample(drawn(1, 2, 2, 5, 5), 0), "frames: got 0"),
     (lambda m: m.sample(drawn(1, 2, 2, 5, 5), 1, temperature=0), "greedy=True"), (lambda m: m.sample(drawn(1, 2, 2, 5, 5), 1, temperature=-1), "temperature"),
     (lambda m: m.sample(drawn(1, 2, 2, 5, 5), 1, top_k=4), "top_k: got 4"), (lambda m: m.sample(drawn(1, 2, 2, 5, 5), 1, top_k=0), "top_k: got 0"),
-    (lambda m: made(kernel=(2, 4, 3)), "odd numbers"), (lambda m: made(kernel=3), "kernel: got 3"), (lambda m: made(grid=(0, 5)), "grid"), (lambda m: made(depth=0), "depth"),
-    (lambda m: made(channels=9), "multiple of num_heads"), (lambda m: made(tree=CodebookTree(4, 3, 3)), "tree: got 3 levels of 3 codes"),
+    (lambda m: drawn_pixelcnn(kernel=(2, 4, 3)), "odd numbers"), (lambda m: drawn_pixelcnn(kernel=3), "kernel: got 3"), (lambda m: drawn_pixelcnn(grid=(0, 5)), "grid"), (lambda m: drawn_pixelcnn(depth=0), "depth"),
+    (lambda m: drawn_pixelcnn(channels=9), "multiple of num_heads"), (lambda m: drawn_pixelcnn(tree=CodebookTree(4, 3, 3)), "tree: got 3 levels of 3 codes"),
     (lambda m: SpatiotemporalPixelCNN.preset("Bench", grid=(4, 4)), "did you mean 'bench'"), (lambda m: CausalTrunk(4, 1, (3, 3), attention_every=-1), "attention_every"),
 ])
 def test_bad_settings(call, says):
     with pytest.raises((ConfigError, InputError), match=says):
-        call(made())
+        call(drawn_pixelcnn())

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fvlm.core import ConfigError, InputError
-from fvlm.evidence.foveation_protocol import foveation_protocol, path_errors, planted_study, recorded_errors
+from fvlm.evidence.foveation_protocol import foveation_protocol, planted_study, recorded_errors
 from fvlm.evidence.headroom import headroom, views_of
-from fvlm.evidence.query_swaps import foveation_value, mask_weights
+from fvlm.evidence.query_swaps import path_errors, foveation_value, mask_weights
 from fvlm.recipes.planted_foveation import (
     ARMS, NOISE, SEEDS, TASKS, PlantedRecipe, planted_clips, planted_data, planted_encoder, planted_model, planted_twins, read_planted, write_planted,
 )

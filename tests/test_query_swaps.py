@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from tests.random_clips import RandomClips
 
 from fvlm.core import ConfigError, InputError, ShapeError, generator
 from fvlm.evidence.query_swaps import (
@@ -10,21 +11,9 @@ from fvlm.evidence.query_swaps import (
 from fvlm.models.foveated_vlm import FoveatedVLM
 
 
-class Clips:
-    def __init__(self, n=5, T=5):
-        draw = generator(0, "clips")
-        self.tensors = {"frames": torch.rand(n, T, 3, 28, 28, generator=draw), "latents": torch.randn(n, T, 4, 4, 4, generator=draw)}
-
-    def __len__(self):
-        return len(self.tensors["frames"])
-
-    def batch(self, indices):
-        return {name: values[indices] for name, values in self.tensors.items()}
-
-
 @pytest.fixture(scope="module")
 def clips():
-    return Clips()
+    return RandomClips(5, 5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_queries": 3}, {"attention_mode": "shallow"}, {"include_cls": False}, {"target": "delta"}, {"query_skip": True}], ids=str)

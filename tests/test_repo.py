@@ -129,8 +129,8 @@ def test_notebook_numbers_in_a_layer_are_unique_and_belong_to_it():
             wrong.append(f"{path.relative_to(ROOT)} and {seen[number].relative_to(ROOT)} have one number")
         seen[number] = path
         first = int(path.parent.name[:2])
-        if not first <= number[1] <= first + 9:
-            wrong.append(f"{path.relative_to(ROOT)}: number outside {first}..{first + 9}")
+        if not first <= number[1] <= first + 19:  # a layer may outgrow its ten: the numbers order the notebooks of one layer and say nothing between layers
+            wrong.append(f"{path.relative_to(ROOT)}: number outside {first}..{first + 19}")
     assert not wrong, told(wrong)
 
 

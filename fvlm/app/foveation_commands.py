@@ -25,7 +25,7 @@ from ..blocks.prediction_heads import HEADS
 from ..core import ConfigError, InputError, VideoError, cache_dir, check_range
 from ..data.video import probe, read_clip
 from ..evidence.foveation_grid import described, grid_table, run_foveation_grid
-from ..evidence.foveation_protocol import path_errors
+from ..evidence.query_swaps import path_errors
 from ..evidence.object_gaze import gaze_of
 from ..files import read_json, write_json
 from ..models.foveated_vlm import FoveatedVLM

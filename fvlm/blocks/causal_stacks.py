@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['frame_by_frame', 'CausalBlock', 'side_by_side', 'CausalAttention', 'CausalTrunk', 'TrunkCache', 'AttentionCache']
 
-# %% ../../nbs/30_blocks/38_causal_stacks.ipynb #dbff70ed
+# %% ../../nbs/30_blocks/38_causal_stacks.ipynb #893210c6
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import ConfigError, check_range, check_shape
 
-# %% ../../nbs/30_blocks/38_causal_stacks.ipynb #fe725653
+# %% ../../nbs/30_blocks/38_causal_stacks.ipynb #f5a90046
 def frame_by_frame(
     convolution: nn.Conv2d,  # in space
     x: Tensor,  # (B,T,h,w,C)
@@ -73,7 +73,7 @@ def side_by_side(
     places = x.shape[axis] - width + 1
     return x if width == 1 else torch.cat([x.narrow(axis, i, places) for i in range(width)], -1)
 
-# %% ../../nbs/30_blocks/38_causal_stacks.ipynb #bbf630c1
+# %% ../../nbs/30_blocks/38_causal_stacks.ipynb #cb877c0b
 class CausalAttention(nn.Module):
     "Residual self-attention over the pixel stack: a site reads all sites up to and with itself, in reading order, of the last `frames` frames."
 
@@ -119,7 +119,7 @@ class CausalAttention(nn.Module):
             found.append(F.scaled_dot_product_attention(q[:, :, t], keys, v[:, :, first:t + 1].flatten(2, 3), attn_mask=mask))
         return x + self.proj(torch.stack(found, 1).transpose(2, 3).reshape(x.shape))
 
-# %% ../../nbs/30_blocks/38_causal_stacks.ipynb #76069a7b
+# %% ../../nbs/30_blocks/38_causal_stacks.ipynb #aa6365e1
 class CausalTrunk(nn.Module):
     """Features of every site that depend on strictly earlier sites only, in reading order: frames, then rows, then columns.
 
@@ -174,20 +174,20 @@ class CausalTrunk(nn.Module):
         frames = F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)) + self.place
         rows = F.pad(present[:, :, :-1], (0, 0, 0, 0, 1, 0)) + self.place
         pixels = F.pad(present[..., :-1, :], (0, 0, 1, 0))
-        kept = {"frames": [frames], "rows": [rows], "pixels": [pixels], "attended": []}
+        if seen is not None:
+            seen.update(frames=[frames], rows=[rows], pixels=[pixels], attended=[])
         for i, block in enumerate(self.blocks):
             frames, rows, pixels = block(frames, rows, pixels)
             if seen is not None:
                 for name, features in (("frames", frames), ("rows", rows), ("pixels", pixels)):
-                    kept[name].append(features)
+                    seen[name].append(features)
             if str(i) in self.attention and pixels.shape[1]:
                 pixels = self.attention[str(i)](pixels)
-                kept["attended"].append(pixels)
-        if seen is not None:
-            seen.update(kept)
+                if seen is not None:
+                    seen["attended"].append(pixels)
         return pixels[:, pixels.shape[1] - (x.shape[1] - start):]
 
-# %% ../../nbs/30_blocks/38_causal_stacks.ipynb #b618854f
+# %% ../../nbs/30_blocks/38_causal_stacks.ipynb #c902ecff
 class TrunkCache:
     "What a trunk knows at one place of a box that is being filled; the features of the next place cost a few small products. Call inside `torch.no_grad()`."
 

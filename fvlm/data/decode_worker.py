@@ -6,7 +6,7 @@
 __all__ = ['FEW_BYTES', 'PULSE', 'STILL_SECONDS', 'LOOK_SECONDS', 'START_SECONDS', 'KEPT_MEMORY', 'serve', 'DecodeWorker',
            'own_worker']
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #086bbd06
+# %% ../../nbs/10_data/13_decode_worker.ipynb #ade1e17b
 import json
 import mmap
 import os
@@ -26,7 +26,7 @@ import fvlm
 from ..core import ConfigError, VideoError, check_range
 from .frame_readers import BLOCK, BLOCK_BYTES, Reading, Sink, Wanted, Watch, checked_path, describe, read_frames
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #30c76b39
+# %% ../../nbs/10_data/13_decode_worker.ipynb #4feba7e7
 FEW_BYTES = 2**22  # single frames are handed on at the latest when they are so many: still in the processor's cache when the parent copies them
 
 
@@ -81,7 +81,7 @@ class _Ring(Sink):
             self.acknowledged()
             self.pending -= 1
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #113224c4
+# %% ../../nbs/10_data/13_decode_worker.ipynb #559bed49
 PULSE = 0.25  # seconds between two signs of life
 
 
@@ -108,7 +108,7 @@ class _Reporter(Watch):
         os.lseek(2, 0, os.SEEK_SET)
         return [line for line in text.splitlines() if line.strip() and "Last message repeated" not in line]
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #f0d3e55f
+# %% ../../nbs/10_data/13_decode_worker.ipynb #2de7c872
 def _lines(handle: int, parent: int):
     "Lines from the parent, until it closes the pipe or is no more."
     buffer = b""
@@ -181,7 +181,7 @@ def _answer(request: dict, ring: _Ring, watch: _Reporter) -> dict:
     finally:
         ring.drain() if ring.slots or ring.pending else None
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #2576ed8c
+# %% ../../nbs/10_data/13_decode_worker.ipynb #68e9a89e
 STILL_SECONDS = 3.0  # a child whose threads all sleep and use no processor for so long will not wake up
 LOOK_SECONDS = 0.05  # between two looks at the memory of a busy child
 START_SECONDS = 60.0  # for the child to import numpy and the readers, on a machine however busy
@@ -213,7 +213,7 @@ def _ended(process: subprocess.Popen, handles) -> None:
     for handle in handles:
         os.close(handle)
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #e825de63
+# %% ../../nbs/10_data/13_decode_worker.ipynb #2288af1e
 class DecodeWorker:
     "Reads frames in a child process that is killed when it takes too long or too much memory. Safe under threads, fork and spawn."
 
@@ -441,7 +441,7 @@ def _reading(done: dict, first: str | None = None) -> Reading:
     notes = tuple(done["notes"])
     return Reading(np.asarray(done["indices"], np.int64), np.asarray(done["timestamps"], np.float64), done["backend"], notes if first is None else (first, *notes))
 
-# %% ../../nbs/10_data/13_decode_worker.ipynb #f56235cf
+# %% ../../nbs/10_data/13_decode_worker.ipynb #47d5f9d0
 _OWN: dict[int, DecodeWorker] = {}
 
 

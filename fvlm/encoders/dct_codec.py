@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['LATENT_GRID', 'on_grid', 'Codec', 'DCTCodec']
 
-# %% ../../nbs/20_encoders/25_dct_codec.ipynb #157ecc06
-import hashlib
-import json
+# %% ../../nbs/20_encoders/25_dct_codec.ipynb #cf8e123d
 import math
 
 import torch
@@ -15,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import ConfigError, InputError, ShapeError, check_finite, check_range, check_shape
+from .embeddings import about_sha256
 
-# %% ../../nbs/20_encoders/25_dct_codec.ipynb #c69eb748
+# %% ../../nbs/20_encoders/25_dct_codec.ipynb #9f0f9f98
 LATENT_GRID = 2.0**-16
 
 
@@ -26,7 +25,7 @@ def on_grid(
     "The nearest multiples of LATENT_GRID: below 128 their differences are exact in float32."
     return (latents / LATENT_GRID).round() * LATENT_GRID
 
-# %% ../../nbs/20_encoders/25_dct_codec.ipynb #c0b397b3
+# %% ../../nbs/20_encoders/25_dct_codec.ipynb #b8578d87
 class Codec(nn.Module):
     "Frames to latents and back. A subclass says `_encode` and `_decode` for a few frames, and `about`."
 
@@ -101,14 +100,14 @@ class Codec(nn.Module):
     @property
     def fingerprint(self) -> str:
         "The sha256 of `about`: equal for codecs that give equal latents."
-        return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
+        return about_sha256(self.about)
 
     def describe(self) -> str:
         "One line for a report; a measured PSNR belongs next to it."
         rest = ", ".join(f"{k} {str(v)[:12]}" for k, v in self.about.items() if k not in ("codec", "name", "code_version", "grid"))
         return f"{self.name}: {self.channels} latents for each {self.factor} x {self.factor} block" + (f", {rest}" if rest else "") + f", fingerprint {self.fingerprint[:12]}"
 
-# %% ../../nbs/20_encoders/25_dct_codec.ipynb #75cdc73f
+# %% ../../nbs/20_encoders/25_dct_codec.ipynb #de932fd4
 class DCTCodec(Codec):
     "Four orthonormal 8 x 8 cosine coefficients a block, no weights; exactly invertible up to truncation. Source: JPEG (ITU-T T.81), BT.601 colour."
 

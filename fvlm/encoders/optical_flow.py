@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FLOW_METHODS', 'warp', 'brightness', 'explained', 'estimate_flow']
 
-# %% ../../nbs/20_encoders/27_optical_flow.ipynb #f6c9a371
+# %% ../../nbs/20_encoders/27_optical_flow.ipynb #33343d35
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import ConfigError, InputError, ShapeError, check_choice, check_finite, check_range, check_shape
 
-# %% ../../nbs/20_encoders/27_optical_flow.ipynb #cca10ae4
+# %% ../../nbs/20_encoders/27_optical_flow.ipynb #4f2b98ac
 def warp(
     frame: Tensor,  # (...,C,H,W) float: frames, or latents with a flow in latent cells
     flow: Tensor,  # (...,2,H,W) float: x then y, in units of the frame's own grid
@@ -37,7 +37,7 @@ def warp(
     at = torch.stack([(x + sign * field[:, 0]) * (2 / max(width - 1, 1)), (y + sign * field[:, 1]) * (2 / max(height - 1, 1))], -1) - 1
     return F.grid_sample(frame.reshape(-1, *frame.shape[-3:]), at, mode="bilinear", padding_mode="border", align_corners=True).view(frame.shape)
 
-# %% ../../nbs/20_encoders/27_optical_flow.ipynb #2048a702
+# %% ../../nbs/20_encoders/27_optical_flow.ipynb #327ed1f9
 FLOW_METHODS = {
     "ilk": "iterative Lucas-Kanade (Le Besnerais and Champagnat 2005): least squares in a window around each pixel",
     "tvl1": "TV-L1 (Zach, Pock and Bischof 2007): robust brightness term, total variation",

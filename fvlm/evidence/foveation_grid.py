@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'CONVENTIONS', 'Cell', 'cells_of', 'by_clip_and_frame', 'fro
            'gigaflops_per_step', 'described', 'run_cell', 'run_trivial', 'run_foveation_grid', 'at_equal_flops',
            'errors_from_records', 'protocols', 'grid_table']
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #1c91b76f
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #1aa0b190
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +20,16 @@ from torch.utils.flop_counter import flop_registry
 
 from ..blocks.targets import BATCH_KEYS, make_target
 from ..core import ConfigError, InputError, check_choice
-from .foveation_protocol import ARMS, FoveationErrors, Protocol, foveation_protocol, path_errors, trivial_rows
-from .query_swaps import QUERY_LOOKS, swap_errors
+from .foveation_protocol import FoveationErrors, Protocol, foveation_protocol
+from .headroom import trivial_rows
+from .query_swaps import QUERY_LOOKS, path_errors, swap_errors
 from ..models.foveation_config import IDEAS, with_idea
 from ..recipes.encoded_clips import FoveationClips
-from ..recipes.foveated_vlm import FoveationRecipe, Parts, build, load_parts, open_clips, target_shape_of, train_twin
+from ..recipes.foveated_vlm import FoveationRecipe, Parts, build, load_parts, open_clips, target_shape_of, train_twin, twin_of
+from ..recipes.planted_foveation import ARMS
 from ..training.records import RunRecord, config_differences, plain_data, read_records, write_record
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #cb1f7e9f
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #a8468b3d
 PLAIN = "plain"
 
 
@@ -54,8 +56,7 @@ class Cell:
         config = base.model.changed(head=self.head)
         if self.idea != PLAIN:
             config = with_idea(config, self.idea)
-        alone = dict(entropy_margin_weight=0.0, contrastive_weight=0.0) if self.arm == "coarse" else {}  # they compare two passes
-        return replace(base, model=config.changed(trained_pass=self.arm, **alone), training=replace(base.training, seed=self.seed))
+        return replace(base, model=twin_of(config, self.arm), training=replace(base.training, seed=self.seed))
 
 
 def cells_of(
@@ -69,7 +70,7 @@ def cells_of(
         check_choice("ideas", idea, (PLAIN, *IDEAS))
     return [Cell(setting=setting, head=head, idea=idea, arm=arm, seed=seed) for seed in seeds for setting in settings for head in heads for idea in ideas for arm in ARMS]
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #541aa3fa
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #84a3e0ba
 CONVENTIONS = {"*_frame_*": "mean squared error of one frame's prediction in the space of the target, mean over channels and sites; frames counted from 1",
                "gigaflops_per_step": "floating-point operations of one forward and backward of a batch, counted operator by operator, in 1e9"}
 
@@ -130,9 +131,9 @@ def described(
     recipe: FoveationRecipe,  # any
 ) -> dict:
     "The recipe as plain data; a folder of yours is named by its last part only."
-    return plain_data(replace(recipe, source=Path(recipe.source).name) if Path(recipe.source).is_absolute() else recipe)
+    return plain_data(recipe.named())
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #2ea6d516
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #af2054c1
 def run_cell(
     cell: Cell,  # which
     recipe: FoveationRecipe,  # the cell's own
@@ -258,7 +259,7 @@ def _opened(recipe: FoveationRecipe) -> tuple[Parts, dict[str, FoveationClips]]:
     parts = load_parts(recipe)
     return parts, open_clips(recipe, parts)
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #28909039
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #e5f9d092
 def errors_from_records(
     records: Sequence[RunRecord],  # of a study
     setting: str,  # which setting

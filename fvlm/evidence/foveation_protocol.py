@@ -4,26 +4,23 @@
 
 # %% auto #0
 __all__ = ['NO_EFFECT', 'EFFECT', 'RATIOS', 'Ratio', 'error_array', 'coarse_over_fine', 'FoveationErrors', 'Protocol',
-           'foveation_protocol', 'path_errors', 'measure', 'GradientRoutes', 'gradient_routes', 'planted_study',
-           'recorded_errors']
+           'foveation_protocol', 'measure', 'planted_study', 'recorded_errors']
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #26095bd8
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #ddc5294e
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..core import InputError, NonFiniteError, ShapeError, check_range
 from .headroom import trivial_rows
-from .query_swaps import QUERY_LOOKS, SWAPS, batches_in_order, swap_errors
+from .query_swaps import QUERY_LOOKS, SWAPS, path_errors, swap_errors
 from .statistics import paired_bootstrap
 from ..recipes.planted_foveation import ARMS, PlantedRecipe, planted_data, planted_twins, read_planted, write_planted
-from ..training.batches import evaluating
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #08ca5386
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #f6fa8212
 NO_EFFECT, EFFECT = (0.97, 1.03), 1.05
 
 
@@ -92,7 +89,7 @@ def coarse_over_fine(
     return Ratio(estimate=estimate, low=low, high=high, detectable=detectable, per_frame=tuple(per_frame.tolist()), first_frame=first_frame,
                  seeds=found.seeds, clips=found.clips, confidence=confidence)
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #ceeaacc4
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #0df6be3b
 RATIOS = {
     "R0": ("untrained coarse path / fine path of the same weights", "untrained_coarse", "fine"),
     "R1": ("coarse path / fine path, trained together", "joint_coarse", "joint_fine"),
@@ -135,7 +132,7 @@ class FoveationErrors:
         "(seeds, clips, T)."
         return self.swapped[name] if name in self.swapped else getattr(self, name)
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #4eec84b6
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #5e10b415
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     "R0 to R3, the absolute errors they come from, and the trivial rows."
@@ -207,23 +204,7 @@ def foveation_protocol(
               for name, (_, top, bottom) in RATIOS.items()}
     return Protocol(ratios=ratios, errors=errors, first_frame=first_frame)
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #63ee26df
-def path_errors(
-    model,  # a foveated model
-    dataset,  # has .batch(indices) -> batch, or [i]
-    *,
-    passes: str = "both",  # "both", or "coarse" alone
-    batch_size: int = 64,  # clips at once
-) -> dict[str, np.ndarray]:
-    '"fine" and "coarse", those that were run -> (clips, T) mean squared error a frame.'
-    found: dict[str, list] = {}
-    with evaluating(model):
-        for _, batch in batches_in_order(dataset, batch_size):
-            for name, error in model.errors(model(batch, passes=passes), batch).items():
-                found.setdefault(name, []).append(error.double())
-    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
-
-
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #22dc7c2b
 def measure(
     models: Sequence[Mapping[str, object]],  # one mapping a seed: arm of ARMS -> trained model
     dataset,  # the test clips
@@ -251,40 +232,7 @@ def measure(
         fine=stacked(fine, "fine"), untrained_coarse=stacked(fine, "coarse"), joint_fine=stacked(both, "fine"), joint_coarse=stacked(both, "coarse"),
         coarse=np.stack(coarse), swapped={kind: stacked(looks, kind) for kind in kinds}, trivial=dict(trivial or {}))
 
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #24858deb
-@dataclass(frozen=True, kw_only=True)
-class GradientRoutes:
-    "Length of the gradient of every loss term at every part of a model."
-
-    norms: dict[str, dict[str, float]]  # term -> part -> norm; 0 where nothing arrives
-    frozen: tuple[str, ...]  # parts without a trained parameter
-
-    def table(self) -> str:
-        "Markdown: parts down, terms across; a dot where nothing arrives."
-        parts = list(next(iter(self.norms.values())))
-        lines = ["| part | " + " | ".join(self.norms) + " |", "|---|" + "---:|" * len(self.norms)]
-        cell = lambda value: f"{value:.1e}" if value else "·"
-        lines += [f"| {part}{' (frozen)' if part in self.frozen else ''} | " + " | ".join(cell(self.norms[term][part]) for term in self.norms) + " |" for part in parts]
-        return "\n".join(lines)
-
-
-def gradient_routes(
-    model,  # a foveated model: .parts() -> part -> parameters; its own gradients stay as they are
-    batch: Mapping[str, Tensor],  # one batch
-) -> GradientRoutes:
-    'One entry a loss term, "loss" (what is really trained) among them.'
-    parts = model.parts()
-    trained = {name: [p for p in parameters if p.requires_grad] for name, parameters in parts.items()}
-    flat = [p for parameters in trained.values() for p in parameters]
-    terms = model.loss(model(dict(batch)), dict(batch))
-    norms = {}
-    for term, value in terms.items():
-        grads = torch.autograd.grad(value, flat, retain_graph=True, allow_unused=True) if value.requires_grad else [None] * len(flat)
-        found = iter(grads)
-        norms[term] = {name: float(sum(g.square().sum() for g in (next(found) for _ in ps) if g is not None)) ** 0.5 for name, ps in trained.items()}
-    return GradientRoutes(norms=norms, frozen=tuple(name for name, ps in trained.items() if not ps))
-
-# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #75a02e2f
+# %% ../../nbs/70_evidence/76_foveation_protocol.ipynb #fc943644
 def planted_study(
     recipe: PlantedRecipe,  # which task, how much
     seeds: Sequence[int],  # at least two

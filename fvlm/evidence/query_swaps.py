@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SWAPS', 'REPLACED_ATTENTION', 'QUERY_LOOKS', 'deranged', 'swapped_queries', 'attention_replaced', 'mask_weights',
-           'own_queries', 'batches_in_order', 'swap_errors', 'looks_of', 'FoveationValue', 'foveation_value',
-           'swap_table']
+           'own_queries', 'batches_in_order', 'path_errors', 'swap_errors', 'looks_of', 'FoveationValue',
+           'foveation_value', 'swap_table']
 
-# %% ../../nbs/70_evidence/73_query_swaps.ipynb #1dd2b644
+# %% ../../nbs/70_evidence/73_query_swaps.ipynb #0ea5d404
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..core import InputError, ShapeError, check_choice, check_range, check_shap
 from .statistics import Interval, paired_bootstrap
 from ..training.batches import evaluating, load_batches
 
-# %% ../../nbs/70_evidence/73_query_swaps.ipynb #659f293a
+# %% ../../nbs/70_evidence/73_query_swaps.ipynb #1d711e42
 SWAPS = {
     "own": "the queries the model made itself",
     "static": "the coarse pass's query, in every frame",
@@ -33,7 +33,7 @@ SWAPS = {
 }
 REPLACED_ATTENTION = ("uniform", "cls", "oracle")
 
-# %% ../../nbs/70_evidence/73_query_swaps.ipynb #3acb3a6f
+# %% ../../nbs/70_evidence/73_query_swaps.ipynb #aeeae0cc
 def deranged(
     size: int,  # how many, at least 2
     draw: torch.Generator,  # where the order comes from
@@ -76,7 +76,7 @@ def swapped_queries(
         return noise * (queries.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
     return queries
 
-# %% ../../nbs/70_evidence/73_query_swaps.ipynb #e8ba4476
+# %% ../../nbs/70_evidence/73_query_swaps.ipynb #e367c29e
 @contextmanager
 def attention_replaced(
     query_attention,  # a QueryAttention, whose `weigh(layer, scores)` turns scores (B,T,heads,K,M) into attention
@@ -120,7 +120,7 @@ def mask_weights(
     total = inside.sum(-1, keepdim=True)
     return torch.where(total > 0, inside / total.clamp_min(1e-12), 1 / inside.shape[-1])
 
-# %% ../../nbs/70_evidence/73_query_swaps.ipynb #eba28ada
+# %% ../../nbs/70_evidence/73_query_swaps.ipynb #3154bd9b
 def own_queries(
     model,  # a foveated model: model(batch, passes="both") -> outputs with "queries" (B,T,K,query_dim), and "pool_state" if it weighs several
     dataset,  # has .batch(indices) -> batch, or [i]
@@ -146,8 +146,24 @@ def batches_in_order(
     check_range("batch_size", batch_size, 1, integer=True)
     return load_batches(dataset, torch.arange(len(dataset)).split(batch_size))
 
-# %% ../../nbs/70_evidence/73_query_swaps.ipynb #e336f3db
+# %% ../../nbs/70_evidence/73_query_swaps.ipynb #aa4fecb2
 QUERY_LOOKS = ("own", "static", "time_shuffled", "other_clip", "random", "uniform")  # the looks that every model allows
+
+
+def path_errors(
+    model,  # a foveated model
+    dataset,  # has .batch(indices) -> batch, or [i]
+    *,
+    passes: str = "both",  # "both", or "coarse" alone
+    batch_size: int = 64,  # clips at once
+) -> dict[str, np.ndarray]:
+    '"fine" and "coarse", those that were run -> (clips, T) mean squared error a frame.'
+    found: dict[str, list] = {}
+    with evaluating(model):
+        for _, batch in batches_in_order(dataset, batch_size):
+            for name, error in model.errors(model(batch, passes=passes), batch).items():
+                found.setdefault(name, []).append(error.double())
+    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
 
 
 def swap_errors(
@@ -202,7 +218,7 @@ def looks_of(
         looks["pool_state"] = model.pool_init.detach().expand_as(pool) if moved == "static" else swapped_queries(moved, pool[:, :, None], seed=seed)[:, :, 0]
     return looks
 
-# %% ../../nbs/70_evidence/73_query_swaps.ipynb #879c3c4e
+# %% ../../nbs/70_evidence/73_query_swaps.ipynb #4c85b407
 @dataclass(frozen=True, kw_only=True)
 class FoveationValue:
     "What the model's own look is worth against another: mean error of the other minus its own, positive where its own is better."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TwoPasses', 'gradients', 'FoveatedVLM']
 
-# %% ../../nbs/50_models/55_foveated_vlm.ipynb #57947f21
+# %% ../../nbs/50_models/55_foveated_vlm.ipynb #6c130e73
 import dataclasses
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from .foveation_config import FoveationConfig
 from .saved_model import StrictlySaved, drawn_from, read_tensors
 from ..objectives.losses import caption_loss, contrastive_loss, entropy_margin_loss
 
-# %% ../../nbs/50_models/55_foveated_vlm.ipynb #35373ae2
+# %% ../../nbs/50_models/55_foveated_vlm.ipynb #227e46ad
 class TwoPasses(FoveatedParts):
     "The coarse pass, the shift, the fine pass."
 
@@ -142,7 +142,7 @@ def gradients(
     with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
         yield
 
-# %% ../../nbs/50_models/55_foveated_vlm.ipynb #657170c3
+# %% ../../nbs/50_models/55_foveated_vlm.ipynb #33e34403
 class FoveatedVLM(TwoPasses, StrictlySaved):
     """Predicts every frame of a clip from the frames before it, looking at each through one foveated token; and captions it.
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KEPT', 'ON_DEMAND', 'bits_of', 'from_bits', 'EncodedClips', 'FoveationClips']
 
-# %% ../../nbs/65_recipes/66_encoded_clips.ipynb #744cb1aa
+# %% ../../nbs/65_recipes/66_encoded_clips.ipynb #5790f959
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checked_rows import CheckedRows, write_rows
-from ..core import ConfigError, InputError, cache_dir, check_range
+from ..core import ConfigError, InputError, ShapeError, cache_dir, check_range
 from ..encoders.optical_flow import estimate_flow
 from ..files import written_whole
 from .foveation_clips import Clip, resized
 from ..splits import dealt
 
-# %% ../../nbs/65_recipes/66_encoded_clips.ipynb #d12fcfca
+# %% ../../nbs/65_recipes/66_encoded_clips.ipynb #52f02fec
 def bits_of(
     x: Tensor,  # any float tensor
 ) -> np.ndarray:
@@ -36,7 +36,7 @@ def from_bits(
     "The bfloat16 tensor of these bits."
     return torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)  # a copy: maps are read-only
 
-# %% ../../nbs/65_recipes/66_encoded_clips.ipynb #90baef94
+# %% ../../nbs/65_recipes/66_encoded_clips.ipynb #9fb0b5c4
 KEPT = ("keys", "values", "patches", "cls", "latents", "video")
 ON_DEMAND = ("flow",)  # dear to estimate, and only one target wants it
 
@@ -150,12 +150,12 @@ class EncodedClips:
                 bad.append((clip.name, str(error)))
         return bad
 
-# %% ../../nbs/65_recipes/66_encoded_clips.ipynb #a2f7f4d2
+# %% ../../nbs/65_recipes/66_encoded_clips.ipynb #34c0d1f0
 class FoveationClips(Dataset):
     """Encoded clips as the foveated VLM reads them: item i is a dict of tensors without the batch axis.
 
     keys, values (T,depth,heads,P+N,d_h) bf16; patches (T,N,D), cls (T,D) bf16; latents (T,4,h,w); frames (T,3,S,S) in [0,1] for "video";
-    flow (T-1,2,S,S); clip: the item's number; with a tokenizer also caption (C,) and text (S,), text_mask (S,).
+    flow (T-1,2,S,S); clip: the item's number; with a tokenizer also caption (C,) and text (S,), text_mask (S,); and what `with_rows` was given.
     """
 
     def __init__(
@@ -172,7 +172,8 @@ class FoveationClips(Dataset):
             raise ConfigError(f"parts: got {sorted(unknown)}, expected some of {', '.join((*KEPT, *ON_DEMAND))}")
         self.clips, self.store, self.tokenizer, self.parts = list(clips), store, tokenizer, tuple(parts)
         self.words = {} if tokenizer is None else _padded_words(self.clips, tokenizer)
-        self._held: dict[int, dict] = {}
+        self.rows: dict[str, Tensor] = {}
+        self._held: dict[tuple[int, str], np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -189,8 +190,7 @@ class FoveationClips(Dataset):
                 item["frames"] = torch.from_numpy(np.array(found)).permute(0, 3, 1, 2).float() / 255
             else:
                 item[what] = from_bits(found) if found.dtype == np.uint16 else torch.from_numpy(np.array(found)).float()
-        item.update({name: rows[i] for name, rows in self.words.items()})
-        return item
+        return item | {name: rows[i] for name, rows in (self.words | self.rows).items()}
 
     @property
     def names(self) -> list[str]:
@@ -209,14 +209,26 @@ class FoveationClips(Dataset):
     ) -> "FoveationClips":
         "The same set with only these clips. Words keep the padding of the whole set."
         part = object.__new__(FoveationClips)
-        part.__dict__.update(self.__dict__, clips=[self.clips[k] for k in numbers], words={name: rows[list(numbers)] for name, rows in self.words.items()}, _held={})
+        words, rows = ({name: values[list(numbers)] for name, values in held.items()} for held in (self.words, self.rows))
+        part.__dict__.update(self.__dict__, clips=[self.clips[k] for k in numbers], words=words, rows=rows, _held={})
+        return part
+
+    def with_rows(
+        self,
+        rows: Mapping[str, Tensor],  # name -> (clips,...): what items hold besides; made of these clips, so the fingerprint does not name it
+    ) -> "FoveationClips":
+        "The same set with a row of each tensor in every item. Raises: ShapeError unless every clip has one."
+        if wrong := {name: len(values) for name, values in rows.items() if len(values) != len(self)}:
+            raise ShapeError(f"rows: got {wrong} rows, expected one for each of {len(self)} clips")
+        part = self.view(range(len(self)))
+        part.rows |= rows
         return part
 
     def only(
         self,
         *parts: str,  # tensors of KEPT and ON_DEMAND
     ) -> "FoveationClips":
-        "The same clips with these tensors alone, and no words."
+        "The same clips with these tensors alone: no words, no rows."
         return FoveationClips(self.clips, self.store, parts=parts)
 
     def split(

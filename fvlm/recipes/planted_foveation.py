@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'TILE', 'GRID', 'GROUND', 'DOT', 'NOISE', 'ARMS', 'STEPS', 'SEEDS', 'LEARNING_RATES', 'STUDY', 'HEADLINE',
-           'CONVENTION', 'PlantedClips', 'planted_clips', 'planted_encoder', 'EncodedClips', 'PlantedRecipe',
+           'CONVENTION', 'PlantedClips', 'planted_clips', 'planted_encoder', 'PlantedInputs', 'PlantedRecipe',
            'PlantedData', 'planted_data', 'planted_model', 'planted_twins', 'write_planted', 'read_planted']
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #461e8762
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #3517d74c
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from ..models.foveation_config import FoveationConfig
 from ..training.loop import TrainConfig, train
 from ..training.records import read_records, write_record
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #808ca50f
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #55a68373
 TASKS = {
     "weather": "the frame has one colour, which the next latent follows: looking cannot help",
     "search": "the ground names the tile whose dot the next latent follows: looking must help",
@@ -94,7 +94,7 @@ def _enlarged(matters: Tensor) -> Tensor:
     "(n,T,H,W) from a tile's flag."
     return matters.unflatten(2, (GRID, GRID)).repeat_interleave(TILE, 2).repeat_interleave(TILE, 3)
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #f465d4ee
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #5ca6f843
 def planted_encoder(
     seed: int = 0,  # of the rotations
     *,
@@ -132,8 +132,8 @@ def planted_encoder(
             block.mlp.fc2.weight.copy_(rotation(embed_dim, 2 * embed_dim, 0.5))
     return VisionEncoder(FrameEmbedder(model, name="planted_encoder", preprocessing=Preprocessing(size=GRID * TILE), pooling="mean", dtype="fp32", batch_frames=512))
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #c131bedd
-class EncodedClips:
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #74e10eb5
+class PlantedInputs:
     "Planted clips with the encoder's keys and values: `batch(indices)` is what a foveated model takes."
 
     def __init__(
@@ -157,7 +157,7 @@ class EncodedClips:
         "keys, values (B,T,depth,heads,10,head_dim), latents (B,T,3,1,1), clip (B,)."
         return {name: values[indices] for name, values in self.tensors.items()}
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #ab56ad1c
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #b77dcf4a
 ARMS = ("fine", "coarse", "both")
 STEPS = {"weather": 300, "search": 400}  # of every arm of a task
 SEEDS = {"weather": 5, "search": 4}  # of the recorded runs: the fewest that decide
@@ -191,8 +191,8 @@ class PlantedData:
     "The two sides of a planted task and the encoder they went through."
 
     encoder: VisionEncoder  # frozen
-    train: EncodedClips  # to train on
-    test: EncodedClips  # to judge on
+    train: PlantedInputs  # to train on
+    test: PlantedInputs  # to judge on
 
 
 def planted_data(
@@ -201,7 +201,7 @@ def planted_data(
     "Train and test clips, encoded."
     encoder = planted_encoder(recipe.data_seed)
     clips = [planted_clips(recipe.task, n, num_frames=recipe.num_frames, seed=derive_seed(recipe.data_seed, side)) for side, n in (("train", recipe.train_clips), ("test", recipe.test_clips))]
-    return PlantedData(encoder=encoder, train=EncodedClips(clips[0], encoder), test=EncodedClips(clips[1], encoder))
+    return PlantedData(encoder=encoder, train=PlantedInputs(clips[0], encoder), test=PlantedInputs(clips[1], encoder))
 
 
 def planted_model(
@@ -232,7 +232,7 @@ def planted_twins(
         train(model, {"train": data.train}, config, progress=progress)
     return models
 
-# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #9bf2127e
+# %% ../../nbs/65_recipes/67_planted_foveation.ipynb #ff556cc6
 STUDY, HEADLINE = "planted_foveation", 3  # the study's name; the first headline frame, counted from 1
 CONVENTION = "squared error averaged over the latent's three numbers, and by clip over frames 3 to T; latents have variance 1"
 
