@@ -99,17 +99,14 @@ def shared_clips():
 @pytest.fixture(scope="session")
 def browser():
     "A headless Chromium of this machine, driven by playwright, or the test is skipped."
-    import shutil
+    from tests.browser.lab import HOW_TO_GET_ONE, QUIET, find_chromium
 
+    path = find_chromium()
+    if path is None:
+        pytest.skip(f"no Chromium on this machine: {HOW_TO_GET_ONE}")
     from playwright.sync_api import sync_playwright
 
-    from fvlm.app.doctor import BROWSERS
-
-    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=quiet)
+        chromium = playwright.chromium.launch(executable_path=path, args=list(QUIET))
         yield chromium
         chromium.close()

@@ -1,4 +1,4 @@
-"""The foveated VLM from a terminal: train, caption, study, demo; and one sentence for every mistake."""
+"""The foveated VLM from a terminal: train, caption, demo; and one sentence for every mistake."""
 import json
 import re
 from dataclasses import asdict, replace
@@ -11,7 +11,7 @@ from fvlm.app import foveation_commands as commands
 from fvlm.app.cli import main, parse
 from fvlm.app.demo import PARTS, DemoCommand
 from fvlm.app.foveation_commands import (
-    FOVEATED_HEADS, CaptionCommand, TrainFoveationCommand, caption_page, check_speaks, gaze_at, judged, open_foveation_run, read_foveation_run, save_foveation_run, shown_clip,
+    CaptionCommand, TrainFoveationCommand, caption_page, check_speaks, gaze_at, judged, open_foveation_run, read_foveation_run, save_foveation_run, shown_clip,
 )
 from fvlm.app.foveation_demo import codec_at_hand, compared_heads, demo_recipe, foveation_report, plain_results, run_foveation_demo, videos_of
 from fvlm.app.report import Report
@@ -231,30 +231,6 @@ def test_dry_run_shows_the_recipe_and_loads_nothing(capsys, monkeypatch):
     assert main(["train", "captions", "--dry-run", "--training.steps", "9"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["training"]["steps"] == 9 and shown["model"]["caption_weight"] == 1.0 and set(shown) == set(asdict(tiny()))
-
-
-# --- study -----------------------------------------------------------------------------------------------------------
-
-def test_the_study_covers_every_head_and_phase():
-    settings = FOVEATED_HEADS.settings()
-    assert list(settings) == ["short", "videos", "from_copy", "phase1", "phase2", "phase3"] and set(settings["videos"][1]) == set(HEADS) and len(FOVEATED_HEADS.seeds) >= 3
-    assert all(isinstance(recipe, FoveationRecipe) and set(chosen) <= set(HEADS) for recipe, chosen in settings.values())
-
-
-def test_a_study_runs_what_is_missing_and_only_that(own_home, tmp_path, capsys, monkeypatch):
-    small = replace(FOVEATED_HEADS, settings=lambda: {"small": (tiny(), ("film",)), "other": (tiny(), ("mlp",))}, seeds=(0,))
-    monkeypatch.setattr(commands, "FOVEATED_HEADS", small)
-    words = ["study", "foveated_heads", "--root", str(tmp_path), "--settings", "small"]
-    assert main([*words, "--show"]) == 0 and "no seed is whole yet" in capsys.readouterr().out and not list(tmp_path.glob("*/*.json"))
-    assert main(words) == 0
-    told = capsys.readouterr().out
-    assert "small--film--plain--fine--seed0" in told and "| film | plain | 1 |" in told and "other" not in told
-    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "foveated_heads").glob("*.json")}
-    assert len(written) == 4
-    assert main(words) == 0 and "--seed0 " not in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "foveated_heads").glob("*.json")} == written
-    assert main([*words[:-1], "smal"]) == 2 and "did you mean 'small'" in capsys.readouterr().err
-    assert main(["study", "foveated_head"]) == 2 and "did you mean 'foveated_heads'" in capsys.readouterr().err
 
 
 # --- demo ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 __all__ = ['SC_VFP_KTH', 'STUDIES', 'weights_entry', 'tell_bad', 'named', 'TrainCommand', 'judged_table', 'EvaluateCommand',
            'PredictCommand', 'predict_page', 'Study', 'kth_settings', 'StudyCommand']
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #f54edc23
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9dc605d4
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, c
 from ..training.records import read_records
 from ..training.saved_runs import open_run, save_run
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #274947d0
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9857662d
 def weights_entry(
     embedder: FrameEmbedder,  # any
 ) -> dict:
@@ -163,7 +163,7 @@ def judged_table(
     write_cell(root, "run", f"run--{recipe.arm}--seed{recipe.training.seed}", recipe, splits, by_clip, parameters=parameters, seconds=seconds, weights=weights)
     return comparison(read_records(root, "run"), "run")
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #deed3694
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #2a354554
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
     "Judge a trained run again on its own held-out clips, beside the trivial predictors."
@@ -197,7 +197,7 @@ class EvaluateCommand:
             print(plain_table(rows))
         return 0
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #6ca18f68
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #1e284092
 @dataclass(frozen=True, kw_only=True)
 class PredictCommand:
     "Show the future that a trained run expects in your clip, as nearest frames beside what really came."
@@ -273,7 +273,7 @@ def predict_page(
                  "The frames are found in the clip, never generated."])
     return report
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #c476d18d
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #fabd0ab6
 @dataclass(frozen=True, kw_only=True)
 class Study:
     "A grid of SC-VFP runs."
@@ -327,7 +327,10 @@ SC_VFP_KTH = Study(
 
 STUDIES = {
     "sc_vfp_kth": "fvlm.app.sc_vfp_commands:SC_VFP_KTH",
-    "foveated_heads": "fvlm.app.foveation_commands:FOVEATED_HEADS",
+    "foveated_heads": "fvlm.app.foveation_study:FOVEATED_HEADS",
+    "foveated_captions": "fvlm.app.foveation_study:FOVEATED_CAPTIONS",
+    "foveated_gaze": "fvlm.app.foveation_study:FOVEATED_GAZE",
+    "foveated_quick": "fvlm.app.foveation_study:FOVEATED_QUICK",
     "hr_vqvae_digits": "fvlm.app.frame_study:HR_VQVAE_DIGITS",
     "s_hr_vqvae_digits": "fvlm.app.frame_study:S_HR_VQVAE_DIGITS",
     "s_hr_vqvae_kth": "fvlm.app.frame_study:S_HR_VQVAE_KTH",

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Cells', 'check_rows', 'AttentionCube', 'tempered', 'fixation', 'attention_used', 'from_vit', 'from_fvlm',
            'from_sc_vfp']
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #01eaeb54
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #f3805b74
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from ..core import ConfigError, InputError, NonFiniteError, ShapeError, check_ch
 from ..encoders.embeddings import Preprocessing
 from ..show import as_frames
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #9ed22c20
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #53cc4267
 KINDS = ("grid", "time", "tokens")
 
 
@@ -85,7 +85,7 @@ class Cells:
             return self.prefix[token]
         return f"row {cell // self.columns + 1}, column {cell % self.columns + 1}" if self.kind == "grid" else f"{'frame' if self.kind == 'time' else 'query'} {cell + 1}"
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #b933dce2
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #e974e121
 def check_rows(
     where: str,  # which cube, layer and frame, for the message
     rows,  # (..., N) numbers, a tensor or an array
@@ -112,7 +112,7 @@ def check_rows(
         raise InputError(f"{where}: a row sums to {worst:.3g}, expected 1; take the weights after the softmax and before dropout, with all keys (prefix tokens too)")
     return rows / sums
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #d331dc5e
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #c3713735
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionCube:
     "Attention by (layer, frame), each (heads, Q, N), with the places of its queries and keys."
@@ -126,10 +126,14 @@ class AttentionCube:
     fetch: Callable[[int, int], np.ndarray] = field(repr=False)  # (layer, frame) -> (heads, Q, N), rows sum to 1
     seen: tuple[tuple[int, ...], ...] | None = None  # of a time axis: which picture each cell is, by moment; None: cell i is picture i
     note: str = ""  # what a reader should know of it: what was left out, where it comes from
+    numbers: tuple[int, ...] = ()  # what people call the layers; none: 1 to layers
 
     def __post_init__(self):
         for name in ("layers", "heads", "frames"):
             check_range(name, getattr(self, name), 1, integer=True)
+        object.__setattr__(self, "numbers", tuple(self.numbers) or tuple(range(1, self.layers + 1)))
+        if len(self.numbers) != self.layers:
+            raise ShapeError(f"numbers: got {self.numbers}, expected one for each of {self.layers} layers")
         if self.keys.kind == "tokens" or self.queries.kind not in (self.keys.kind, "tokens"):
             raise InputError(f"cube {self.name!r}: queries of kind {self.queries.kind!r} look at keys of kind {self.keys.kind!r}; expected a grid looking at a grid, frames at frames, or tokens at either")
         if self.seen is not None and {len(row) for row in self.seen} != {self.keys.count} or self.seen is not None and len(self.seen) != self.frames:
@@ -179,7 +183,7 @@ class AttentionCube:
     ) -> np.ndarray:
         "(heads, Q, N) float32, checked, rows sum to 1. Raises: ConfigError, ShapeError, InputError, NonFiniteError."
         check_range("layer", layer, 0, self.layers - 1, integer=True), check_range("frame", frame, 0, self.frames - 1, integer=True)
-        where = f"cube {self.name!r}, layer {layer + 1}, frame {frame + 1}"
+        where = f"cube {self.name!r}, layer {self.numbers[layer]}, frame {frame + 1}"
         rows = check_rows(where, self.fetch(layer, frame))
         if rows.shape != (expected := (self.heads, self.queries.total, self.keys.total)):
             raise ShapeError(f"{where}: fetched shape {rows.shape}, expected (heads, Q, N) = {expected}")
@@ -218,7 +222,7 @@ class AttentionCube:
         if not layers or not frames or not all(0 <= i < self.layers for i in layers) or not all(0 <= i < self.frames for i in frames):
             raise ConfigError(f"only: got layers {layers} and frames {frames}, expected some of 0..{self.layers - 1} and of 0..{self.frames - 1}")
         return replace(self, layers=len(layers), frames=len(frames), fetch=lambda layer, frame: fetch(layers[layer], frames[frame]),
-                       seen=None if self.seen is None else tuple(self.seen[i] for i in frames), note=self.note)
+                       seen=None if self.seen is None else tuple(self.seen[i] for i in frames), numbers=tuple(self.numbers[i] for i in layers))
 
     def thinned(
         self,
@@ -246,7 +250,7 @@ def tempered(
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     return scores / scores.sum(-1, keepdims=True)
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #a315f5b0
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #5d96de35
 def fixation(
     weights,  # (..., rows*columns) weights of the cells, need not sum to 1
     grid: tuple[int, int],  # rows and columns
@@ -263,7 +267,7 @@ def fixation(
     places = np.stack([x.ravel(), y.ravel()], -1)
     return places[values.argmax(-1)] if kind == "peak" else values @ places / total[..., None]
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #98b23973
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #7d3c6690
 @contextmanager
 def _seen_softmax(vit: nn.Module):
     "A list that fills with (B,heads,N,N) as the model runs, its fused attention switched off meanwhile."
@@ -304,7 +308,7 @@ def from_vit(
 
     Raises: InputError, ShapeError for a model whose tokens are not one grid of patches (windows, pooled stages).
     """
-    vit, preprocessing, video = getattr(model, "model", model), getattr(model, "preprocessing", None), torch.from_numpy(as_frames(frames))
+    vit, preprocessing, video = getattr(model, "model", model), getattr(model, "preprocessing", None), torch.from_numpy(np.array(as_frames(frames)))
     if not hasattr(vit, "patch_embed") or not hasattr(vit, "num_prefix_tokens"):
         raise InputError(f"model: {type(vit).__name__} has no patch_embed and num_prefix_tokens; expected a vision transformer of timm")
     first, about = next(vit.parameters()), getattr(vit, "pretrained_cfg", None) or {}
@@ -337,7 +341,7 @@ def from_vit(
         raise ShapeError(f"model: a layer attends with {tuple(layers[0].shape)}, expected (heads, {cells.total}, {cells.total}) in every layer; {type(vit).__name__} looks through windows or pools its patches, which no single grid can show")
     return AttentionCube(name=name, layers=len(layers), heads=layers[0].shape[0], frames=len(video), keys=cells, queries=cells, fetch=lambda layer, frame: run(frame)[layer].numpy())
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #3423a433
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #bbb8eefd
 def from_fvlm(
     outputs: Mapping,  # of a foveated VLM called with passes="both", intermediates=True: "attention_coarse" and "attention", lists of (B,T,heads,K,M)
     *,
@@ -361,7 +365,7 @@ def from_fvlm(
         raise InputError(f'outputs: hold {", ".join(sorted(outputs)) or "nothing"}, expected "attention" or "attention_coarse"; call the model with passes="both", intermediates=True')
     return cubes
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #f0f94fee
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #ff19ac3a
 def from_sc_vfp(
     outputs,  # of SC-VFP called with intermediates=True: "attention", a list over blocks of (B,heads,M,M); or that list
     *,

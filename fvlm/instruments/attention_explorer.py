@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EAGER_BYTES', 'STATIC', 'HELP', 'PAGE', 'fitting', 'jpegs', 'page', 'AttentionExplorer', 'video_of']
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #043df5af
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #40a32e77
 import base64
 import io
 import json
@@ -29,7 +29,7 @@ from ..files import written_whole
 from .attention_cube import AttentionCube, Cells, fixation, from_fvlm, from_sc_vfp, from_vit
 from ..show import as_frames, beside, frame_strip, heat_map_over_frame
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #41014f27
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #eb7503ad
 EAGER_BYTES = 6_000_000  # of attention that goes along at once, and of a chunk at most
 STATIC = Path(str(files("fvlm").joinpath("static")))
 HELP = "Click or drag to ask  ·  arrow keys move the query  ·  space plays  ·  [ ] layer  ·  - = head  ·  , . frame"
@@ -62,7 +62,7 @@ def jpegs(
         found.append(memory.getvalue())
     return found
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #ecc9963f
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #945568a3
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><link rel="icon" href="data:,"><style>
 :root {{ color-scheme: light dark; }}
@@ -118,7 +118,7 @@ def page(
     return PAGE.format(title=escape(about["title"]), css=read("attention_explorer.css"), state=json.dumps(state).replace("<", "\\u003c"), attention=as_text(packed),
                        pictures=as_text(b"".join(pictures)), code=read("attention_explorer.js").replace("export default", "const explorer ="))
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #da4fef8d
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #9339c18c
 def _mean(proposal) -> int:
     "A layer or head as a number; 'mean' is -1."
     return -1 if proposal["value"] == "mean" else proposal["value"]
@@ -139,7 +139,7 @@ class AttentionExplorer(anywidget.AnyWidget):
     frame = traitlets.Int(0, help="the moment shown, from 0").tag(sync=True)
     temperature = traitlets.Float(1.0, help="0.25 to 4; 1 is the attention as it was").tag(sync=True)
     playing = traitlets.Bool(False, help="whether the frames run").tag(sync=True)
-    opacity = traitlets.Float(0.75, help="strength of the map over the picture, 0 to 1").tag(sync=True)
+    opacity = traitlets.Float(0.65, help="strength of the map over the picture, 0 to 1").tag(sync=True)
     same_scale = traitlets.Bool(False, help="one colour scale for all panels").tag(sync=True)
     _about = traitlets.Dict().tag(sync=True)
     _pictures = traitlets.List().tag(sync=True)
@@ -315,7 +315,7 @@ class AttentionExplorer(anywidget.AnyWidget):
         "The still picture, then the live explorer, which hides it: whoever opens the notebook later without a kernel has the picture."
         from IPython.display import display
 
-        display(self._still(), raw=True, metadata={"image/png": {"needs_background": "light"}})
+        display(self._still(), raw=True, metadata={"needs_background": "light"})
         display(self._repr_mimebundle_()[0], raw=True)
 
 
@@ -325,7 +325,7 @@ def video_of(
 ) -> np.ndarray:
     "uint8 (T,H,W,3). Raises: VideoError, ShapeError, InputError."
     if not isinstance(clip, (str, Path)):
-        return as_frames(clip)
+        return np.array(as_frames(clip))
     count = probe(clip).frames
     return read_clip(clip, np.linspace(0, count - 1, min(check_range("frames", frames, 1, integer=True), count)).round().astype(int).tolist()).numpy()
 
@@ -362,7 +362,7 @@ def _described(cube: AttentionCube, *, path: bool) -> dict:
     if path and cube.queries.kind == "tokens" and cube.keys.kind == "grid":
         rows = np.stack([np.mean([cube.shown(-1, -1, frame, k) for k in range(cube.queries.total)], 0) for frame in range(cube.frames)])[:, len(cube.keys.prefix):]
         places = fixation(rows, (cube.keys.rows, cube.keys.columns)).round(4).tolist() if rows.sum(-1).all() else None
-    return dict(name=cube.name, layers=cube.layers, heads=cube.heads, frames=cube.frames, keys=asdict(cube.keys), queries=asdict(cube.queries), seen=cube.seen, path=places)
+    return dict(name=cube.name, layers=cube.layers, heads=cube.heads, frames=cube.frames, keys=asdict(cube.keys), queries=asdict(cube.queries), seen=cube.seen, numbers=cube.numbers, path=places)
 
 
 def _subtitle(cubes: Sequence[AttentionCube]) -> str:
@@ -377,13 +377,13 @@ def _panel(explorer: AttentionExplorer, cube: AttentionCube) -> Image.Image:
     token, first = explorer.token(cube), len(cube.keys.prefix)
     row = np.zeros(cube.keys.total) if token is None else explorer.shown(cube.name)
     layer, head = min(explorer.layer, cube.layers - 1), min(explorer.head, cube.heads - 1)
-    what = f"{cube.name}, {'all layers' if layer < 0 else f'layer {layer + 1}'}, {'all heads' if head < 0 else f'head {head + 1}'}"
-    span = (0.0, float(row.max()) or 1.0)
+    what = f"{cube.name}, {'all layers' if layer < 0 else f'layer {cube.numbers[layer]}'}, {'all heads' if head < 0 else f'head {head + 1}'}"
+    span = (0.0, float(row[first:].max()) or 1.0)
     if cube.keys.kind == "time":
         pictures = explorer.video[list(cube.seen[explorer.frame]) if cube.seen else slice(cube.keys.count)]
         tinted = [np.asarray(heat_map_over_frame(one, [[weight]], value_range=span, legend=False, height=120)) for one, weight in zip(pictures, row)]
         return frame_strip(np.stack(tinted), height=120, columns=len(tinted), labels=[f"{'asks: ' if i == token else ''}{weight:.2f}" for i, weight in enumerate(row)])
-    still = heat_map_over_frame(explorer.video[explorer.frame], row[first:].reshape(cube.keys.rows, cube.keys.columns), alpha=0.75 * explorer.opacity, label=what, value_range=span, smooth=False, height=300)
+    still = heat_map_over_frame(explorer.video[explorer.frame], row[first:].reshape(cube.keys.rows, cube.keys.columns), alpha=explorer.opacity, label=what, value_range=span, smooth=False, height=300)
     if explorer.query >= 0:
         cells, lead, height = cube.keys if cube.queries.kind == "tokens" else cube.queries, explorer._lead_cells(), 300
         wide = round(explorer.video.shape[2] * height / explorer.video.shape[1])

@@ -6,7 +6,7 @@
 __all__ = ['FAILURES', 'MEANINGS', 'SHOWN_ROWS', 'Finding', 'Verdict', 'Panel', 'MatrixPanel', 'CurvesPanel', 'ScatterPanel',
            'panels_figure', 'markdown_table', 'Diagnosis', 'Diagnoses']
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #866343e3
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #282dcc80
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ..core import InputError, NonFiniteError, check_choice
 from ..evidence.statistics import Interval
 from ..show import PALETTE, beside, curves, matrix, scatter
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #943996ce
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #4d69a06e
 FAILURES = ("uniform attention", "identical queries", "common mode", "head ignores h", "dead heads", "no headroom", "dead link", "twin heads")
 MEANINGS = {
     "uniform attention": "the attention is spread so evenly that looking is averaging",
@@ -30,7 +30,7 @@ MEANINGS = {
     "twin heads": "two heads that look at the same places and say the same",
 }
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #9b1465a7
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #6050c113
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One check of a model: what was measured, what chance gives, and whether it counts as a failure.
@@ -54,7 +54,8 @@ class Finding:
             raise NonFiniteError(f"value: got NaN for {self.name!r}, expected what was measured")
 
     def __str__(self) -> str:
-        label = self.name.upper() if self.failed else "note" if self.name == "healthy" else f"not {self.name}"
+        absent = self.name.removeprefix("no ") if self.name.startswith("no ") else f"not {self.name}"
+        label = self.name.upper() if self.failed else "note" if self.name == "healthy" else absent
         return f"{label}: {self.sentence}"
 
 
@@ -84,7 +85,7 @@ class Verdict:
         said = sorted(self.findings, key=lambda finding: (not finding.failed, FAILURES.index(finding.name) if finding.failed else 0))
         return f"{', '.join(self.failures) or 'healthy'}. " + " ".join(f"{finding}." for finding in said)
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #e5761ed5
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #69330520
 @dataclass(frozen=True, kw_only=True)
 class Panel(ABC):
     "One plot of a diagnosis."
@@ -164,7 +165,7 @@ class ScatterPanel(Panel):
         return [go.Scatter(x=points[labels == name, 0], y=points[labels == name, 1], name=name, mode="markers", legendgroup=self.title, legendgrouptitle={"text": self.title}, marker={"color": PALETTE[i % len(PALETTE)], "size": 5})
                 for i, name in enumerate(dict.fromkeys(labels.tolist()))]
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #b80b9f2e
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #398d1f9c
 def panels_figure(
     panels: Sequence[Panel],  # side by side, at least one
 ):
@@ -184,7 +185,7 @@ def panels_figure(
             figure.add_trace(trace, row=1, col=column)
     return figure.update_layout(template="plotly_white", height=380, width=max(480, 380 * len(panels) + 100), margin={"l": 60, "r": 30, "t": 50, "b": 50})
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #02fd897b
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #1c354956
 def markdown_table(
     rows: Sequence[Mapping],  # one mapping a row; the columns are all keys, in order of appearance
 ) -> str:
@@ -204,7 +205,7 @@ def _in_words(value):
         return {None: "", True: "yes", False: "no"}[value]
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value).replace("|", "\\|")
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #593375d8
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #13259518
 SHOWN_ROWS = 24  # of a table in a notebook; `.table()` has them all
 
 

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['DEAD', 'TWIN_CKA', 'TWIN_NATS', 'linear_cka', 'ablation_effects', 'Silhouette', 'HeadTSNE', 'head_tsne', 'tsne_map']
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #0af6b513
-import math
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #932d00a7
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import InputError, NonFiniteError, ShapeError, check_finite, check_range, check_shape, numpy_generator
+from ..core import InputError, ShapeError, check_finite, check_range, check_shape, numpy_generator
 from .attention_entropy import attention_rows
 from .diagnosis import Diagnosis, Finding, MatrixPanel, Panel, ScatterPanel, Verdict
 from ..objectives.attention_statistics import head_cosine, jensen_shannon
 from ..training.batches import evaluating
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #a1c737d4
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #5439fe10
 def linear_cka(
     x: Tensor,  # (n, D) one representation of n inputs
     y: Tensor,  # (n, E) another of the same inputs
@@ -44,7 +44,7 @@ def linear_cka(
     cross, first, second = (float(part) for part in parts)
     return min(1.0, max(0.0, cross / (first * second))) if first * second > 0 else 0.0
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #2d4b61e8
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #850e83e5
 def ablation_effects(
     model: nn.Module,  # model(batch)["prediction"], with blocks that have `drop_heads`
     batch: Mapping,  # what it takes
@@ -69,7 +69,7 @@ def ablation_effects(
                     hook.remove()
     return np.array(effects).reshape(len(blocks), -1)
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #fd23e83d
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #5862f7dc
 DEAD = 0.02  # of the layer's median head
 TWIN_CKA, TWIN_NATS = 0.98, 0.005  # at least this similar, attention at most this far apart
 
@@ -87,7 +87,7 @@ class Silhouette:
 class HeadTSNE(Diagnosis):
     "The heads of a model: a map of one layer, similarities of all pairs, the dead and the twins."
 
-    points: np.ndarray  # (n,2) t-SNE of head outputs of one layer
+    samples: np.ndarray  # (n, head_dim) head outputs of one layer, the points of the map
     colours: dict[str, np.ndarray]  # "head", "frame", perhaps "label" -> (n,)
     silhouettes: dict[str, Silhouette]  # by colour
     layer: int  # which layer the map shows
@@ -97,6 +97,13 @@ class HeadTSNE(Diagnosis):
     cosine: np.ndarray  # (layers, heads, heads) mean cosine of outputs
     cka: np.ndarray  # (layers, heads, heads) similarity up to rotation
     divergence: np.ndarray | None  # (layers, heads, heads) Jensen-Shannon between attention maps, nats
+    perplexity: float  # of the map
+    seed: int  # of the map
+
+    @cached_property
+    def points(self) -> np.ndarray:
+        "(n,2) the t-SNE map of the samples, made when first asked for."
+        return tsne_map(self.samples, perplexity=self.perplexity, seed=self.seed)
 
     @property
     def dead(self) -> list[tuple[int, int]]:
@@ -151,7 +158,7 @@ class HeadTSNE(Diagnosis):
     def panels(self) -> Sequence[Panel]:
         "The map in each colour, then the matrices of its layer."
         names = [f"h{i}" for i in range(self.cka.shape[1])]
-        drawn = [ScatterPanel(title=f"t-SNE, layer {self.layer}, by {name}", points=self.points, labels=[f"{name} {label}" for label in labels]) for name, labels in self.colours.items()]
+        drawn = [ScatterPanel(title=f"t-SNE, layer {self.layer}, by {name}", points=self.points, labels=[label if name == "label" else f"{name} {label}" for label in labels]) for name, labels in self.colours.items()]
         drawn.append(MatrixPanel(title="cosine", values=self.cosine[self.layer], row_labels=names, column_labels=names, value_range=(-1, 1)))
         if self.divergence is not None:
             drawn.append(MatrixPanel(title="attention apart, nats", values=self.divergence[self.layer], row_labels=names, column_labels=names))
@@ -161,7 +168,7 @@ class HeadTSNE(Diagnosis):
 def _named(heads):
     return ", ".join(f"layer {layer} head {head}" for layer, head in heads[:6]) + (f" and {len(heads) - 6} more" if len(heads) > 6 else "")
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #dda68ebb
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #4ded4880
 def head_tsne(
     heads: Tensor | Sequence[Tensor],  # head outputs before the output projection, (B,H,T,head_dim), or a list over layers
     *,
@@ -198,7 +205,7 @@ def head_tsne(
     blank = None if others is None else _points(others[layer], drawn)
     deviation = np.stack([(x - x.mean((0, 2), keepdim=True)).square().mean((0, 2, 3)).sqrt().numpy() for x in layers])
     return HeadTSNE(
-        points=tsne_map(points, perplexity=perplexity, seed=seed), colours=colours, layer=layer, effect=None if effects is None else np.asarray(effects, dtype=float), divergence=divergence,
+        samples=points, perplexity=_check_perplexity(perplexity, points), seed=seed, colours=colours, layer=layer, effect=None if effects is None else np.asarray(effects, dtype=float), divergence=divergence,
         silhouettes={name: _silhouette(points, blank, labels, seed) for name, labels in colours.items() if 1 < len(set(labels.tolist())) < len(points)},
         spread=deviation / np.maximum(np.median(deviation, 1, keepdims=True), 1e-30), norm=np.stack([x.square().sum(-1).mean((0, 2)).sqrt().numpy() for x in layers]),
         cosine=np.stack([head_cosine(x).numpy() for x in layers]),
@@ -214,9 +221,13 @@ def tsne_map(
     "(n,2): scikit-learn's t-SNE, started from the principal components. Raises: InputError for a perplexity that n points cannot have."
     from sklearn.manifold import TSNE
 
+    return TSNE(n_components=2, perplexity=_check_perplexity(perplexity, points), init="pca", learning_rate="auto", random_state=seed).fit_transform(points)
+
+
+def _check_perplexity(perplexity, points):
     if not 0 < perplexity < len(points):
         raise InputError(f"perplexity: got {perplexity} for {len(points)} points, expected more than 0 and less than the number of points; give more clips or a smaller one")
-    return TSNE(n_components=2, perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed).fit_transform(points)
+    return perplexity
 
 
 def _head_layers(heads, name):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_DOTS', 'head_map', 'LinkedView']
 
-# %% ../../nbs/80_instruments/91_linked_view.ipynb #4ec83a86
+# %% ../../nbs/80_instruments/91_linked_view.ipynb #f163416c
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -22,9 +22,9 @@ from ..files import written_whole
 from .prediction_scrubber import SHEET_COLUMNS, _sheet, _small_enough, show_twice, twin_bundle, widget_page
 from ..objectives.attention_statistics import check_attention, normalised_entropy
 from ..pictures import as_frames, beside, heat_map_over_frame
-from ..show import matrix, png_base64, scatter
+from ..show import matrix, scatter
 
-# %% ../../nbs/80_instruments/91_linked_view.ipynb #b27e934c
+# %% ../../nbs/80_instruments/91_linked_view.ipynb #c7e95013
 MOST_DOTS = 600
 
 
@@ -51,7 +51,7 @@ def head_map(
     found = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1, max_iter=500).fit_transform((rows - rows.mean(0)) / spread)
     return found.reshape(sizes["L"], sizes["H"], sizes["n"], 2).astype(float)
 
-# %% ../../nbs/80_instruments/91_linked_view.ipynb #0923f461
+# %% ../../nbs/80_instruments/91_linked_view.ipynb #d469fa3d
 class LinkedView(anywidget.AnyWidget):
     """Entropy matrix, map of heads and frame under one selection: a widget, a page, a picture.
 
@@ -148,7 +148,7 @@ class LinkedView(anywidget.AnyWidget):
         "The path of a page that works from disk without a network, with the selection as it is now."
         state = {name: getattr(self, name) for name in ("_scene", "_sheet", "_heat", "layer", "head", "frame")}
         with written_whole(path) as part:
-            Path(part).write_text(widget_page(str(self._esm), state, self.title, self.picture()), encoding="utf-8")
+            Path(part).write_text(widget_page(str(self._esm), state, self.title), encoding="utf-8")
         return Path(path)
 
     def _repr_mimebundle_(self, **options):

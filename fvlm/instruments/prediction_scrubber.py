@@ -6,7 +6,7 @@
 __all__ = ['COPY_LAST', 'TRUTH', 'MAX_SIDE', 'SHEET_COLUMNS', 'LABEL_WIDTH', 'PAGE', 'LIVE', 'widget_page', 'twin_bundle',
            'show_twice', 'PredictionScrubber']
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #58fd98c5
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #209bdd2d
 import base64
 import io
 import json
@@ -28,7 +28,7 @@ from .nearest_frames import nearest_frames
 from ..pictures import _fitted, _font, as_frames, beside, frame_strip, stacked
 from ..show import curves, png_base64
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #7a2b2c58
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #3dfa42f5
 COPY_LAST, TRUTH, MAX_SIDE, SHEET_COLUMNS, LABEL_WIDTH = "copy-last", "truth", 256, 8, 104
 
 
@@ -61,11 +61,11 @@ def _label(text: str, height: int, width: int = LABEL_WIDTH) -> Image.Image:  # 
 def _square_error(a: np.ndarray, b: np.ndarray) -> list[float]:  # uint8 (n,H,W,3) against the same or (1,H,W,3) -> n numbers on the scale [0,1]
     return [float(np.square(x.astype(np.float64) - y).mean() / 255**2) for x, y in zip(a, np.broadcast_to(b, a.shape))]
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #9ac663a1
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #24316432
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <title>%(title)s</title><link rel="icon" href="data:,"><style>body { margin: 1.5rem auto; max-width: 62rem; padding: 0 1rem; background: Canvas; color: CanvasText; font: 15px/1.5 system-ui, sans-serif; }</style></head>
-<body><main id="here"></main><noscript><img alt="%(title)s" src="data:image/png;base64,%(picture)s"></noscript>
+<body><main id="here"></main><noscript><p>This page draws with JavaScript, which is switched off here.</p></noscript>
 <script id="state" type="application/json">%(state)s</script>
 <script id="module" type="text/plain">%(module)s</script>
 <script type="module">
@@ -91,7 +91,6 @@ def widget_page(
     module: str,  # the JavaScript of an anywidget, without imports
     state: dict,  # what the module asks its model for; bytes anywhere inside
     title: str,  # of the page
-    picture: Image.Image,  # shown where scripts are switched off
 ) -> str:
     "A page of HTML that needs nothing but itself."
     def plain(value):
@@ -103,9 +102,9 @@ def widget_page(
     from html import escape
 
     coded = json.dumps(state, default=plain, separators=(",", ":"))
-    return PAGE % {"title": escape(title), "picture": png_base64(picture), "state": escaped(coded), "module": escaped(module)}
+    return PAGE % {"title": escape(title), "state": escaped(coded), "module": escaped(module)}
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #7b463110
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #7418bd26
 LIVE = "application/vnd.jupyter.widget-view+json"
 
 
@@ -130,7 +129,7 @@ def show_twice(
     if LIVE in data:
         display({LIVE: data[LIVE], "text/plain": words}, metadata=metadata, raw=True)
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #c022bce5
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #f9be2403
 class PredictionScrubber(anywidget.AnyWidget):
     """Truth, predictions and copy-last under one cursor, with an error per horizon: a widget, a page, a picture.
 
@@ -231,7 +230,7 @@ class PredictionScrubber(anywidget.AnyWidget):
         "The path of a page that works from disk without a network: the state as it is now, and the same controls."
         state = {name: getattr(self, name) for name in ("_scene", "_sheets", "horizon", "fps", "difference")} | {"playing": False}
         with written_whole(path) as part:
-            Path(part).write_text(widget_page(str(self._esm), state, self.title, self.picture()), encoding="utf-8")
+            Path(part).write_text(widget_page(str(self._esm), state, self.title), encoding="utf-8")
         return Path(path)
 
     def _repr_mimebundle_(self, **options):

@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'EXAMPLES', 'WIDTH', 'SIDE', 'PATCH', 'FIRST_FRAME', 'STORED
            'ExampleClips', 'train_example', 'example_folder', 'example_facts', 'example_encoder', 'example_model',
            'example_clips', 'example_clip']
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #fd329878
+# %% ../../nbs/65_recipes/75_example_models.ipynb #2ac7c96b
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -28,9 +28,10 @@ from ..models.saved_model import read_tensors
 from ..models.sc_vfp import SCVFP, SCVFPConfig
 from ..objectives.gaze_statistics import gaze_of
 from .planted_foveation import GRID, PlantedInputs, planted_clips, planted_encoder, planted_model
+from ..training.batches import draws_kept
 from ..training.loop import TrainConfig, train
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #e3b366df
+# %% ../../nbs/65_recipes/75_example_models.ipynb #59c8ffb5
 NAMES = ("sc_vfp", "fvlm")
 
 
@@ -67,10 +68,7 @@ EXAMPLES = {recipe.name: recipe for recipe in (
     ExampleRecipe(name="fvlm", what="the ground of a frame names the tile of the next frame whose dot the next latent follows; predict the latent", train_clips=2000, val_clips=100, num_frames=5, steps=1000, learning_rate=1e-3),
 )}
 
-for recipe in EXAMPLES.values():
-    print(recipe)
-
-# %% ../../nbs/65_recipes/75_example_models.ipynb #a1310298
+# %% ../../nbs/65_recipes/75_example_models.ipynb #7e0d482c
 WIDTH, SIDE, PATCH = 32, 32, 8  # of the embedding; of a frame and a patch, in pixels
 
 
@@ -78,8 +76,7 @@ def _digit_encoder(seed: int) -> FrameEmbedder:
     "The encoder of the predictor, made and not trained."
     from timm.models.vision_transformer import VisionTransformer
 
-    with torch.random.fork_rng(devices=[]):  # building draws from the global generator: as if it had not
-        model = VisionTransformer(img_size=SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=1, num_heads=2, num_classes=0, init_values=1.0, mlp_ratio=2)
+    model = VisionTransformer(img_size=SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=1, num_heads=2, num_classes=0, init_values=1.0, mlp_ratio=2)
     draw, ramp = generator(seed, "example encoder"), torch.linspace(-1, 1, PATCH).expand(PATCH, PATCH)
     rotation = lambda rows, columns, size: nn.init.orthogonal_(torch.empty(rows, columns), gain=size, generator=draw)
     measured = torch.stack([torch.ones(PATCH, PATCH), ramp.T, ramp]) / PATCH**2
@@ -104,9 +101,10 @@ def _wrapped(name: str, model: nn.Module):
 
 
 def _made_encoder(name: str, seed: int):
-    return _digit_encoder(seed) if name == "sc_vfp" else planted_encoder(seed)
+    with draws_kept():  # building draws from the global generator: as if it had not
+        return _digit_encoder(seed) if name == "sc_vfp" else planted_encoder(seed)
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #3feffbd9
+# %% ../../nbs/65_recipes/75_example_models.ipynb #aa5f624c
 @dataclass(frozen=True, kw_only=True)
 class ExampleClip:
     "One clip as a person sees it and as the model takes it."
@@ -161,7 +159,7 @@ def _made_clips(recipe: ExampleRecipe, side: str, encoder, standardiser: Standar
     standardiser = standardiser or Standardiser.fit(rows)
     return ExampleClips(frames=frames, masks=masks, encoder=encoder, embeddings=standardiser.apply(rows), inputs=EmbeddingWindows(rows, gap=1, standardiser=standardiser))
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #81fac36e
+# %% ../../nbs/65_recipes/75_example_models.ipynb #52183a37
 FIRST_FRAME = 3  # of the fvlm example: the first prediction that a made query can serve, counted from 1
 
 
@@ -198,7 +196,7 @@ def _model_by_clip(model: nn.Module, test: ExampleClips) -> tuple[dict[str, Tens
     facts |= {f"{name}_strongest_patch_is_the_wanted_tile": float((x.argmax(-1) == wanted.argmax(-1)).float().mean()) for name, x in gaze.items()}
     return errors, facts | {"chance": 1 / GRID**2}
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #49f8416d
+# %% ../../nbs/65_recipes/75_example_models.ipynb #0eb6762f
 def train_example(
     name: str,  # one of EXAMPLES
     *,
@@ -228,7 +226,7 @@ def train_example(
     write_json(out / "example.json", dict(
         format=1, name=name, what=recipe.what, recipe=asdict(recipe), parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         errors={key: float(f"{x.mean():.6g}") for key, x in errors.items()}, errors_by_clip={key: [float(f"{v:.5g}") for v in x] for key, x in errors.items()},
-        convention=CONVENTIONS[name], gaze=gaze, standardiser=None if standardiser is None else standardiser.state(), language_model_sha256=started_from,
+        convention=CONVENTIONS[name], gaze={key: float(f"{x:.6g}") for key, x in gaze.items()}, standardiser=None if standardiser is None else standardiser.state(), language_model_sha256=started_from,
         torch=torch.__version__.split("+")[0], sha256={path.name: sha256_of(path) for path in sorted(out.iterdir()) if path.name in STORED}))
     return out
 
@@ -254,7 +252,7 @@ def _save_encoder(encoder, path: Path) -> None:
     with written_whole(path) as temporary:
         save_file({name: x.detach().float().contiguous().clone() for name, x in encoder.model.state_dict().items()}, temporary)
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #e55eab63
+# %% ../../nbs/65_recipes/75_example_models.ipynb #76c94f93
 def example_folder(
     name: str,  # one of EXAMPLES
 ) -> Path:
@@ -314,7 +312,7 @@ def example_model(
 def _place(name: str, folder) -> Path:
     return Path(folder) if folder is not None else example_folder(name)
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #f0f560f7
+# %% ../../nbs/65_recipes/75_example_models.ipynb #c6cb6cd0
 def example_clips(
     name: str,  # one of EXAMPLES
     *,

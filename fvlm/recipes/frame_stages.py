@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'stage_training', 'stage_settings', 'FinishedStage', 'stage_data', 'finished_stage', 'run_stage',
            'steps_within', 'same_seconds']
 
-# %% ../../nbs/65_recipes/71_frame_stages.ipynb #c37bb0b6
+# %% ../../nbs/65_recipes/71_frame_stages.ipynb #23ce90f4
 import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from ..training.checkpoints import CheckpointMismatch, config_difference, load_c
 from ..training.loop import TrainConfig, train
 from ..training.records import plain_data
 
-# %% ../../nbs/65_recipes/71_frame_stages.ipynb #d4e806bb
+# %% ../../nbs/65_recipes/71_frame_stages.ipynb #c80ee6de
 STAGES = ("frames", "codes", "joint")  # quantiser, predictor, both with the decoder
 _CLIPS = ("data", "context_frames", "future_frames", "image_size", "channels", "train_clips", "val_clips", "step", "gap", "data_seed")
 _NEEDS = {
@@ -55,14 +55,14 @@ def stage_settings(
     parts = {name: getattr(recipe, name) for name in (*_CLIPS, *_NEEDS.get(check_choice("stage", stage, (*STAGES, *RIVALS)), ("rival_training",)))}
     return plain_data({"stage": stage, "seed": seed, **parts, **({stage: recipe.rival_config(stage)} if stage in RIVALS else {})})
 
-# %% ../../nbs/65_recipes/71_frame_stages.ipynb #8f4e85a8
+# %% ../../nbs/65_recipes/71_frame_stages.ipynb #9714d4ac
 @dataclass(frozen=True, kw_only=True)
 class FinishedStage:
     "A trained stage."
 
     stage: str  # one of STAGES or RIVALS
     model: nn.Module  # in evaluation mode
-    seconds: float  # of training, added up over interruptions
+    seconds: float  # of training, processor seconds of all threads together, added up over interruptions
     steps: int  # optimizer steps
     best: dict  # the best validation row
 
@@ -107,7 +107,7 @@ def stage_data(
         return sides
     return {side: part.with_codes(model.hr_vqvae, frames_too=stage == "joint") if isinstance(part, FrameClips) else part for side, part in sides.items()}
 
-# %% ../../nbs/65_recipes/71_frame_stages.ipynb #3dea6c43
+# %% ../../nbs/65_recipes/71_frame_stages.ipynb #0f75346a
 def finished_stage(
     recipe: FramePredictionRecipe,  # with which it was trained
     stage: str,  # one of STAGES or RIVALS
@@ -131,7 +131,7 @@ def run_stage(
     root,  # the run's folder
     *,
     seed: int = 0,  # of the initial parameters, the order of samples and all draws
-    seconds: float | None = None,  # rivals: as many steps as this takes here, instead of the recipe's; remembered in the folder
+    seconds: float | None = None,  # rivals: as many steps as take so many processor seconds here, instead of the recipe's; remembered in the folder
     callbacks=(),  # as of `train`
     progress: bool = True,  # a bar
 ) -> FinishedStage:
@@ -164,17 +164,17 @@ def run_stage(
 
 
 class _Clock:
-    "A callback that writes down, every ten seconds, how long a stage has been trained: a kill costs at most as much of the account."
+    "A callback that writes down, every ten seconds, how many processor seconds a stage has been trained: a kill costs at most as much of the account."
 
     def __init__(self, folder: Path):
-        self.folder, self.before, self.started, self.written = folder, _seconds_so_far(folder), time.perf_counter(), time.perf_counter()
+        self.folder, self.before, self.started, self.written = folder, _seconds_so_far(folder), time.process_time(), time.process_time()
 
     def write(self) -> None:
-        self.written = time.perf_counter()
+        self.written = time.process_time()
         write_json(self.folder / "seconds.json", {"seconds": self.before + self.written - self.started})
 
     def __call__(self, event) -> None:
-        if time.perf_counter() - self.written > 10:
+        if time.process_time() - self.written > 10:
             self.write()
 
 
@@ -201,9 +201,9 @@ def _budgeted(recipe: FramePredictionRecipe, stage: str, root: Path) -> FramePre
     training = recipe.rival_training
     return replace(recipe, rival_training=replace(training, epochs=None, steps=steps, val_every=max(1, min(training.val_every or steps, steps // 4)), save_every=training.save_every and min(training.save_every, steps)))
 
-# %% ../../nbs/65_recipes/71_frame_stages.ipynb #6dd79bc1
+# %% ../../nbs/65_recipes/71_frame_stages.ipynb #f78930b8
 def steps_within(
-    seconds: float,  # wall time, > 0
+    seconds: float,  # of the processor, all threads together, > 0
     model: nn.Module,  # as it is before training; a copy is timed
     dataset,  # training data with .batch
     config: TrainConfig,  # batch size and precision
@@ -215,12 +215,12 @@ def steps_within(
     optimizer = torch.optim.AdamW([p for p in copy.parameters() if p.requires_grad], lr=1e-6)
     with draws_kept():
         for k in range(2 + check_range("timed", timed, 1, integer=True)):
-            start = time.perf_counter()
+            start = time.process_time()
             batch = dataset.batch(torch.arange(k, k + config.batch_size) % len(dataset))
             with autocast(torch.device("cpu"), config.precision):
                 loss = copy.loss(copy(batch), batch)["loss"]
             optimizer.zero_grad(), loss.backward(), optimizer.step()
-            spent.append(time.perf_counter() - start)
+            spent.append(time.process_time() - start)
     return max(1, round(seconds / median(spent[2:])))
 
 

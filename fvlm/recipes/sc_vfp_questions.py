@@ -7,7 +7,7 @@ __all__ = ['QUESTION_ARMS', 'DATA_SETS', 'READ_OUTS', 'SharedKeyValueAttention',
            'question_model', 'question_base', 'WindowsOfClips', 'drawn_clips', 'with_clip_share', 'long_windows',
            'rolled', 'AheadTraining']
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #55d26e6f
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #5cdf744e
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..training.embedding_splits import EmbeddingSplits, JoinedWindows
 from ..training.recipes import ARMS, EncoderChoice, ModelSize, SCVFPRecipe, model_config, sc_vfp
 from ..training.steps import TrainConfig
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #eb1f06b0
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #5275dcbd
 class SharedKeyValueAttention(nn.Module):
     """Full-width heads with one key and one value projection between them: (B, T, D) -> the same shape.
 
@@ -59,7 +59,7 @@ class SharedKeyValueAttention(nn.Module):
         heads = attention.to(value.dtype) @ value
         return self.proj(heads.transpose(1, 2).flatten(2)), {"attention": attention, "heads": heads}
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #3ce2fa5f
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #7c134b78
 QUESTION_ARMS = {
     **{name: ARMS[name][0] for name in ("mhsa_chunked", "mhsa", "mhsa_wide", "scmhsa", "scmhsa_folded", "hybrid")},
     "rank2": "SCMHSA with heads twice as wide as ordinary ones",
@@ -91,7 +91,7 @@ class QuestionRecipe:
         if self.trained_ahead > 1 and self.similarity_weight > 0:
             raise ConfigError(f"similarity_weight: got {self.similarity_weight} with trained_ahead={self.trained_ahead}, expected 0: the loss over several frames has no similarity term")
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #c1965f58
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #9d658b12
 def question_config(
     recipe: QuestionRecipe,  # arm, similarity and size
     embed_dim: int,  # D of the encoder
@@ -126,7 +126,7 @@ def question_model(
         start_from_ridge(model, ridge).skip.requires_grad_(False)
     return model
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #ad0cef6a
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #2aa988d8
 DATA_SETS = {
     "kth": "KTH walking and running, split by person, windows with a person",
     "ucf": "UCF-101, the sequences at hand, split by group within each class, 112 px",
@@ -145,7 +145,7 @@ def question_base(
     """
     check_choice("data", data, DATA_SETS)
     encoder = READ_OUTS[check_choice("read_out", read_out, READ_OUTS)]
-    training = TrainConfig(steps=300, batch_size=64, learning_rate=2e-3, weight_decay=0.3, warmup_fraction=0.1, ema_decay=0.98, val_every=30, patience=4,
+    training = TrainConfig(steps=300, batch_size=64, learning_rate=2e-3, weight_decay=0.3, warmup_fraction=0.1, ema_decay=0.98, val_every=50, patience=3,
                            precision="bf16")
     base = replace(sc_vfp(), videos=data, encoder=encoder, size=ModelSize(width=64, ffn_dim=256, mlp_dims=(256,)), training=training)
     if data == "ucf":
@@ -154,7 +154,7 @@ def question_base(
         base = replace(base, videos=str(place), card="ucf101", protocol="by_group", encoder=replace(encoder, image_size=112))
     return base
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #b4b1da45
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #8ad15aea
 class WindowsOfClips(Dataset):
     "The training windows of some of the clips; reads like the windows it was taken from."
 
@@ -223,7 +223,7 @@ def with_clip_share(
     chosen = drawn_clips(len(splits.clips["train"]), share, seed)
     return replace(splits, train=WindowsOfClips(splits.train, chosen), clips={**splits.clips, "train": [splits.clips["train"][i] for i in chosen]})
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #bacc3d90
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #fb760e2c
 def long_windows(
     splits: EmbeddingSplits,  # the clips and their standardiser
     side: str,  # "train", "val" or "test"

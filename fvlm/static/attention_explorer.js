@@ -6,7 +6,7 @@ const COLOURS = Array.from({ length: 256 }, (_, i) => [0, 2, 4].map((k) => parse
 const MARK = "#ff5a6e"; // of the query: a hue that the colour map does not have
 const TRAITS = ["query", "slot", "layer", "head", "frame", "temperature", "playing", "opacity", "same_scale"];
 const KEEP = 192e6; // bytes of fetched attention kept, the oldest go first
-const STEP = 100; // milliseconds a frame when playing
+const STEP = 90; // milliseconds a frame when playing
 
 // --- numbers -----------------------------------------------------------------------------------------------------
 
@@ -33,16 +33,17 @@ function addTempered(total, logs, start, count, temperature, share) { // p^(1/te
 }
 addTempered.row = new Float64Array(4096);
 
-function statistics(row) { // of probabilities: entropy in nats, its share of ln N, the effective number, sum, the largest
-  let entropy = 0, squares = 0, sum = 0, most = 0;
-  for (const p of row) { if (p > 0) entropy -= p * Math.log(p); squares += p * p; sum += p; if (p > most) most = p; }
-  return { entropy, share: row.length > 1 ? entropy / Math.log(row.length) : 0, count: 1 / squares, sum, most };
+function statistics(row) { // of probabilities: entropy in nats, its share of ln N, the effective number, sum
+  let entropy = 0, squares = 0, sum = 0;
+  for (const p of row) { if (p > 0) entropy -= p * Math.log(p); squares += p * p; sum += p; }
+  return { entropy, share: row.length > 1 ? entropy / Math.log(row.length) : 0, count: 1 / squares, sum };
 }
 
 const colourOf = (v) => COLOURS[Math.min(255, Math.max(0, Math.floor(v * 256)))];
 const css = ([r, g, b], alpha = 1) => `rgb(${r} ${g} ${b} / ${alpha})`;
 const short = (p) => (p >= 0.0995 ? p.toFixed(2) : p >= 0.00095 ? p.toFixed(4) : p === 0 ? "0" : p.toExponential(1).replace("e", "·10^").replace("^-", "^−"));
 const clamp = (v, low, high) => Math.min(high, Math.max(low, v));
+const say = (element, text) => { if (element.textContent !== text) element.textContent = text; }; // the page is laid out anew only when a word changes
 const total = (cells) => cells.rows * cells.columns + cells.prefix.length;
 
 function tag(name, given = {}, ...children) { // an element; attributes by name, children after
@@ -94,8 +95,13 @@ class View {
     this.store.views.add(this);
     for (const name of TRAITS) model.on(`change:${name}`, (this[`on_${name}`] = () => this.changed(name)));
     model.on("msg:custom", (this.on_message = (content, buffers) => this.heard(content, buffers)));
-    this.sizes = new ResizeObserver(() => this.later());
-    this.sizes.observe(this.panels[0].stage);
+    for (const panel of this.panels) panel.width = panel.stage.clientWidth || 320;
+    this.sizes = new ResizeObserver((entries) => { // widths are kept: to measure while drawing would lay out the whole notebook each time
+      for (const { target, contentRect } of entries) target.panel.width = contentRect.width || target.panel.width;
+      this.later();
+    });
+    for (const panel of this.panels) { panel.stage.panel = panel; this.sizes.observe(panel.stage); }
+    this.scaled = new Map();
     this.theme = new MutationObserver(() => this.later());
     this.theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class"] });
     this.dark = matchMedia("(prefers-color-scheme: dark)");
@@ -105,14 +111,16 @@ class View {
       state: () => Object.fromEntries(TRAITS.map((trait) => [trait, this.get(trait)])), view: this,
     };
     Object.defineProperties(this.root.explorer, { drawn: { get: () => this.drawn }, bytes: { get: () => this.store.received }, bitmaps: { get: () => this.pictures.filter(Boolean).length } });
-    this.load().then(() => { this.draw(); this.announce(); this.root.dataset.ready = "true"; this.play(); });
+    this.load().then(() => { this.stale = true; this.draw(); this.root.dataset.ready = "true"; this.play(); });
   }
 
   get(name) { return this.model.get(name); }
 
   set(name, value) { // and tell the kernel, which may be busy
     if (this.get(name) === value) return;
+    this.acting = true;
     this.model.set(name, value);
+    this.acting = false;
     this.model.save_changes();
   }
 
@@ -185,7 +193,7 @@ class View {
 
   heard(content, buffers) {
     if (content?.kind === "chunk") { keep(this.store, content.name, buffers[0]); this.fail(""); this.later(); }
-    if (content?.kind === "error") { this.store.asked.clear(); this.failed = content.frames; this.fail(content.text); }
+    if (content?.kind === "error") { this.store.asked.clear(); this.fail(content.text); }
   }
 
   fail(sentence) { this.error.textContent = sentence; this.error.hidden = !sentence; }
@@ -195,8 +203,8 @@ class View {
   changed(name) {
     if (name === "playing") this.play();
     if (name !== "frame" || !this.get("playing")) this.stale = true; // worth saying aloud
-    this.draw();
-    if (this.stale && !this.get("playing")) { this.stale = false; this.announce(); }
+    if (this.acting) this.draw(); // where people touch, at once; another view of the same explorer in the next frame
+    else this.later();
   }
 
   play() { // the first view of an explorer moves the frame for all of them
@@ -234,9 +242,10 @@ class View {
     this.live = tag("p", { className: "fx-live", "data-role": "live", "aria-live": "polite" });
     const bar = this.buildControls();
     this.root.append(
-      tag("div", { className: "fx-head" }, tag("strong", { className: "fx-title" }, about.title), this.where), this.error,
-      tag("div", { className: "fx-panels" }, ...this.panels.map((panel) => panel.figure)), this.readout, bar, this.notice, this.live,
-      tag("p", { className: "fx-keys" }, about.help));
+      tag("div", { className: "fx-top" }, tag("strong", { className: "fx-title" }, about.title), this.where), this.error,
+      tag("div", { className: this.panels.length === 1 && !this.panels[0].time ? "fx-body fx-one" : "fx-body" },
+        tag("div", { className: "fx-panels" }, ...this.panels.map((panel) => panel.figure)), tag("div", { className: "fx-side" }, this.readout, bar, this.notice, this.live)),
+      tag("p", { className: "fx-keys" }, tag("i", { className: "fx-key fx-key-query" }), "query   ", ...(this.panels[0].time ? [] : [tag("i", { className: "fx-key fx-key-centre" }), "centre of mass   ", tag("i", { className: "fx-key fx-key-peak" }, "×"), "strongest   "]), tag("span", {}, about.help)));
     this.root.addEventListener("keydown", (event) => this.pressed(event));
     for (const name of ["keyup", "keypress"]) this.root.addEventListener(name, (event) => { if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); });
     el.replaceChildren(this.root);
@@ -261,7 +270,8 @@ class View {
     panel.legend = tag("div", { className: "fx-legend", "data-role": "legend", role: "img" }, panel.low, tag("i", { className: "fx-ramp" }), panel.high);
     panel.ramp = panel.legend.children[1];
     panel.ramp.style.background = `linear-gradient(90deg, ${[0, 32, 64, 96, 128, 160, 192, 224, 255].map((i) => css(COLOURS[i])).join(",")})`;
-    panel.entropy = tag("p", { className: "fx-entropy", "data-role": "entropy" });
+    const [nats, share, count, of] = (panel.numbers = [tag("b"), tag("b"), tag("b"), tag("span")]);
+    panel.entropy = tag("p", { className: "fx-entropy", "data-role": "entropy" }, tag("span", {}, "entropy ", nats, " nats"), tag("span", {}, share, " of uniform"), tag("span", {}, "worth ", count, of));
     panel.heads = cube.heads > 1 ? tag("canvas", { className: "fx-heads", "data-role": "heads", role: "img" }) : null;
     panel.figure = tag("figure", { className: `fx-panel${panel.time ? " fx-time" : ""}`, "data-role": "panel", "data-name": cube.name, "data-kind": cube.keys.kind, "data-rows": cube.keys.rows, "data-columns": cube.keys.columns },
       tag("figcaption", {}, tag("strong", {}, cube.name), panel.what), panel.stage,
@@ -313,7 +323,8 @@ class View {
     };
     const most = (key) => Math.max(...this.cubes.map((cube) => cube[key])), numbers = (what, count) => Array.from({ length: count }, (_, i) => `${what} ${i + 1} of ${count}`);
     const c = (this.controls = {});
-    c.layer = this.about.eager ? select(["mean of all", ...numbers("layer", most("layers"))], -1, (v) => this.set("layer", v)) : select(numbers("layer", most("layers")), 0, (v) => this.set("layer", v));
+    const deepest = this.cubes.find((cube) => cube.layers === most("layers")), depths = deepest.numbers.map((number) => `layer ${number}`);
+    c.layer = this.about.eager ? select(["mean of all", ...depths], -1, (v) => this.set("layer", v)) : select(depths, 0, (v) => this.set("layer", v));
     c.head = select([`mean of all`, ...numbers("head", most("heads"))], -1, (v) => this.set("head", v));
     const asking = Math.max(...this.cubes.map((cube) => (cube.queries.kind === "tokens" ? total(cube.queries) : 0)));
     c.slot = asking > 1 ? select(numbers("query", asking), 0, (v) => this.set("slot", v)) : null;
@@ -366,49 +377,84 @@ class View {
     const shown = this.panels.map((panel) => (panel.row = this.rowOf(panel)));
     const wanting = this.panels.some((panel, i) => !shown[i] && this.tokenOf(panel) !== null);
     if (wanting) this.fetchMissing();
-    for (const panel of this.panels) panel.stats = panel.row && statistics(panel.row);
-    const common = this.get("same_scale") ? Math.max(...this.panels.map((panel) => panel.stats?.most ?? 0)) : 0;
-    for (const panel of this.panels) { panel.top = common || panel.stats?.most || 1; this.drawPanel(panel); }
+    for (const panel of this.panels) {
+      panel.stats = panel.row && statistics(panel.row);
+      panel.most = panel.row ? Math.max(...panel.row.subarray(panel.cube.keys.prefix.length)) : 0; // a class token that takes all shall not leave the picture dark
+    }
+    const common = this.get("same_scale") ? Math.max(...this.panels.map((panel) => panel.most)) : 0;
+    for (const panel of this.panels) { panel.top = common || panel.most || 1; this.drawPanel(panel); }
     this.drawMarks();
     this.read();
     this.showControls();
     this.showNotice(wanting);
     this.root.dataset.fetching = String(wanting);
+    if (wanting) this.stale = true;
+    else if (this.stale && !this.get("playing")) { this.stale = false; this.announce(); }
     this.drawn++;
   }
 
   fit(canvas, width, height) { // pixels for that many CSS pixels
     const scale = Math.min(3, globalThis.devicePixelRatio || 1), w = Math.max(1, Math.round(width * scale)), h = Math.max(1, Math.round(height * scale));
     if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; canvas.style.height = `${height}px`; }
-    const pen = canvas.getContext("2d", { willReadFrequently: canvas.dataset.layer === "heat" });
+    const pen = canvas.getContext("2d");
     pen.setTransform(1, 0, 0, 1, 0, 0);
     return [pen, w, h, scale];
   }
 
-  alpha(v) { const strength = this.get("opacity"); return strength && strength ** (1 + 1.4 * (1 - v)); } // little attention leaves the picture in sight
+  alpha(v) { const strength = this.get("opacity"); return strength && strength ** (1 + 1.6 * (1 - v)); } // little attention leaves the picture in sight
 
-  picture(panel, cell) { const at = panel.cube.seen ? panel.cube.seen[this.get("frame")][cell ?? 0] : panel.time ? cell : this.get("frame"); return this.pictures[clamp(at, 0, this.pictures.length - 1)]; }
+  picture(panel, cell, w, h) { // a frame at the size it is drawn, kept for the next time
+    const at = clamp(panel.cube.seen ? panel.cube.seen[this.get("frame")][cell ?? 0] : panel.time ? cell : this.get("frame"), 0, this.pictures.length - 1), name = `${at} ${w} ${h}`;
+    if (!this.pictures[at] || w < 1 || h < 1) return null;
+    if (!this.scaled.has(name)) {
+      if (this.scaled.size > 96) this.scaled.clear();
+      const small = tag("canvas", { width: w, height: h }), pen = small.getContext("2d");
+      pen.imageSmoothingQuality = "high";
+      pen.drawImage(this.pictures[at], 0, 0, w, h);
+      this.scaled.set(name, small);
+    }
+    return this.scaled.get(name);
+  }
+
+  map(cells, row, first, top, alpha) { // one pixel a cell, to be enlarged without blur
+    const small = (this.small ??= tag("canvas")), { rows, columns } = cells;
+    if (small.width !== columns || small.height !== rows) { small.width = columns; small.height = rows; }
+    const pen = small.getContext("2d", { willReadFrequently: true }), image = pen.createImageData(columns, rows);
+    for (let cell = 0; cell < rows * columns; cell++) {
+      const v = row[first + cell] / top, colour = colourOf(v);
+      image.data.set(colour, 4 * cell);
+      image.data[4 * cell + 3] = alpha ? Math.round(255 * this.alpha(v)) : 255;
+    }
+    pen.putImageData(image, 0, 0);
+    return small;
+  }
 
   drawPanel(panel) {
     const { cube, row, top } = panel, { keys } = cube, first = keys.prefix.length, [imageWidth, imageHeight] = this.about.size;
-    const width = panel.stage.clientWidth || 320, thumb = (width / keys.columns) * (imageHeight / imageWidth), bars = 72;
-    const [pen, w, h, scale] = this.fit(panel.heat, width, panel.time ? Math.min(thumb, 240) + bars : (width * imageHeight) / imageWidth);
+    const { width } = panel, thumb = (width / keys.columns) * (imageHeight / imageWidth), bars = 72;
+    panel.height = panel.time ? Math.min(thumb, 240) + bars : (width * imageHeight) / imageWidth;
+    const [pen, w, h, scale] = this.fit(panel.heat, width, panel.height);
     pen.clearRect(0, 0, w, h);
     panel.band = panel.time ? h - bars * scale : h;
-    if (!panel.time) { const image = this.picture(panel); if (image) pen.drawImage(image, 0, 0, w, h); }
-    for (let cell = 0; cell < keys.rows * keys.columns; cell++) {
-      const [x, y, right, bottom] = this.edges(panel, cell, w), v = row ? row[first + cell] / top : 0;
-      if (panel.time) { const image = this.picture(panel, cell); if (image) pen.drawImage(image, x + 1, 0, right - x - 2, bottom); }
-      if (!row) continue;
-      pen.fillStyle = css(colourOf(v), this.alpha(v));
-      if (!panel.time) { pen.fillRect(x, y, right - x, bottom - y); continue; }
-      pen.fillRect(x + 1, 0, right - x - 2, bottom);
-      const tall = Math.max(scale, v * (bars - 26) * scale);
-      pen.fillStyle = css(colourOf(v));
-      pen.fillRect(x + 3 * scale, h - tall, right - x - 6 * scale, tall);
-      if (right - x > 34 * scale) {
-        pen.fillStyle = getComputedStyle(this.root).color;
-        pen.font = `${12 * scale}px ${getComputedStyle(this.root).fontFamily}`;
+    if (!panel.time) {
+      const image = this.picture(panel, 0, w, h);
+      if (image) pen.drawImage(image, 0, 0);
+      pen.imageSmoothingEnabled = false;
+      if (row) pen.drawImage(this.map(keys, row, first, top, true), 0, 0, w, h);
+    } else {
+      const style = getComputedStyle(this.root), ink = style.color, family = style.fontFamily;
+      for (let cell = 0; cell < keys.columns; cell++) {
+        const [x, , right, bottom] = this.edges(panel, cell, w), image = this.picture(panel, cell, right - x - 2, bottom), v = row ? row[first + cell] / top : 0;
+        if (image) pen.drawImage(image, x + 1, 0);
+        if (!row) continue;
+        pen.fillStyle = css(colourOf(v), this.alpha(v));
+        pen.fillRect(x + 1, 0, right - x - 2, bottom);
+        const tall = Math.max(scale, v * (bars - 26) * scale);
+        pen.fillStyle = css(colourOf(v));
+        pen.fillRect(x + 3 * scale, h - tall, right - x - 6 * scale, tall);
+        if (right - x <= 34 * scale) continue;
+        pen.fillStyle = ink;
+        pen.font = `${12 * scale}px ${family}`;
         pen.textAlign = "center";
         pen.fillText(short(row[first + cell]), (x + right) / 2, h - tall - 6 * scale);
       }
@@ -423,7 +469,7 @@ class View {
   }
 
   cellRect(panel, cell) {
-    const scale = panel.heat.width / panel.heat.clientWidth, [x, y, right, bottom] = this.edges(panel, cell, panel.heat.width).map((v) => v / scale);
+    const scale = panel.heat.width / panel.width, [x, y, right, bottom] = this.edges(panel, cell, panel.heat.width).map((v) => v / scale);
     return { x, y, width: right - x, height: bottom - y };
   }
 
@@ -434,20 +480,19 @@ class View {
 
   label(panel) {
     const { cube, stats, row, top } = panel, layer = this.get("layer"), head = this.get("head"), last = (at, most) => (at >= most ? " (its last)" : "");
-    panel.what.textContent = [layer < 0 ? `mean of ${cube.layers} layers` : `layer ${Math.min(layer, cube.layers - 1) + 1} of ${cube.layers}${last(layer, cube.layers)}`,
-      head < 0 ? (cube.heads > 1 ? `mean of ${cube.heads} heads` : "one head") : `head ${Math.min(head, cube.heads - 1) + 1} of ${cube.heads}${last(head, cube.heads)}`].join(" · ");
-    panel.low.textContent = "0";
-    panel.high.textContent = row ? short(top) : "";
+    say(panel.what, [layer < 0 ? `mean of ${cube.layers} layers` : `layer ${cube.numbers[Math.min(layer, cube.layers - 1)]}${last(layer, cube.layers)}`,
+      head < 0 ? (cube.heads > 1 ? `mean of ${cube.heads} heads` : "one head") : `head ${Math.min(head, cube.heads - 1) + 1} of ${cube.heads}${last(head, cube.heads)}`].join(" · "));
+    say(panel.high, row ? short(top) : "");
     panel.legend.dataset.low = 0;
     panel.legend.dataset.high = row ? top : "";
     panel.legend.setAttribute("aria-label", row ? `colour scale from 0, dark, to ${short(top)}, yellow` : "colour scale");
     for (const [i, part] of panel.prefixes.entries()) {
-      part.weight.textContent = row ? short(row[i]) : "";
+      say(part.weight, row ? short(row[i]) : "");
       part.swatch.style.background = row ? css(colourOf(row[i] / top)) : "none";
       if (part.chip.tagName === "BUTTON") { part.chip.setAttribute("aria-pressed", String(this.get("query") === -1 - i)); part.chip.setAttribute("aria-label", `${part.name} as query, weight ${row ? short(row[i]) : "unknown"}`); }
     }
-    const share = stats && Math.round(100 * stats.share);
-    panel.entropy.replaceChildren(...(stats ? [tag("span", {}, "entropy ", tag("b", {}, stats.entropy.toFixed(2)), " nats"), tag("span", {}, tag("b", {}, `${share} %`), " of uniform"), tag("span", {}, "worth ", tag("b", {}, stats.count.toFixed(stats.count < 10 ? 1 : 0)), ` of ${row.length}`)] : []));
+    const words = stats ? [stats.entropy.toFixed(2), `${Math.round(100 * stats.share)} %`, stats.count.toFixed(stats.count < 10 ? 1 : 0), ` of ${row.length}`] : ["–", "–", "–", ""];
+    panel.numbers.forEach((part, i) => say(part, words[i]));
     Object.assign(panel.entropy.dataset, { value: stats?.entropy ?? "", share: stats?.share ?? "", count: stats?.count ?? "" });
     const asks = this.asks(panel);
     panel.heat.setAttribute("aria-label", `${cube.name}: ${asks}. Arrow keys move the query, space plays.`);
@@ -471,7 +516,7 @@ class View {
   }
 
   drawHeads(panel) { // every head's map in small, for the same query
-    const { cube } = panel, { rows, columns, prefix } = cube.keys, width = panel.stage.clientWidth || 320, [imageWidth, imageHeight] = this.about.size;
+    const { cube } = panel, { rows, columns, prefix } = cube.keys, { width } = panel, [imageWidth, imageHeight] = this.about.size;
     const across = Math.min(cube.heads, width < 300 ? 6 : 12), wide = Math.min(64, width / across), tall = panel.time ? 22 : (wide * imageHeight) / imageWidth;
     panel.mini = { across, side: { wide, down: tall + 2 } };
     const [pen, w, h, scale] = this.fit(panel.heads, width, Math.ceil(cube.heads / across) * (tall + 2));
@@ -481,11 +526,9 @@ class View {
       const row = this.rowOf(panel, head), left = (head % across) * wide * scale, top = Math.floor(head / across) * (tall + 2) * scale, cw = ((wide - 3) * scale) / columns, ch = ((tall - 1) * scale) / rows;
       if (!row) continue;
       let most = 0;
-      for (const p of row) most = Math.max(most, p);
-      for (let cell = 0; cell < rows * columns; cell++) {
-        pen.fillStyle = css(colourOf(row[prefix.length + cell] / most));
-        pen.fillRect(left + Math.floor((cell % columns) * cw) + 1, top + Math.floor(Math.floor(cell / columns) * ch) + 1, Math.ceil(cw), Math.ceil(ch));
-      }
+      for (const p of row.subarray(prefix.length)) most = Math.max(most, p);
+      pen.imageSmoothingEnabled = false;
+      pen.drawImage(this.map(panel.cube.keys, row, prefix.length, most || 1, false), left + scale, top + scale, cw * columns, ch * rows);
       if (head === chosen) { pen.strokeStyle = MARK; pen.lineWidth = 2.5 * scale; pen.strokeRect(left + 1.5 * scale, top + 1.5 * scale, (wide - 3) * scale - 2 * scale, (tall - 1) * scale - 2 * scale); }
     }
     panel.heads.setAttribute("aria-label", `the same for each of ${cube.heads} heads; choose one with the list named Head`);
@@ -493,7 +536,7 @@ class View {
 
   drawMarks() {
     for (const panel of this.panels) {
-      const { cube, fixation } = panel, [pen, w, , scale] = this.fit(panel.marks, panel.heat.clientWidth || 320, panel.heat.clientHeight || 240);
+      const { cube, fixation } = panel, [pen, w, , scale] = this.fit(panel.marks, panel.width, panel.height);
       pen.clearRect(0, 0, panel.marks.width, panel.marks.height);
       const outline = (box, colour, thick) => { for (const [style, line] of [["rgb(0 0 0 / .75)", thick + 2], [colour, thick]]) { pen.strokeStyle = style; pen.lineWidth = line * scale; pen.strokeRect(...box); } };
       const box = (cells, cell) => { const r = Math.floor(cell / cells.columns), c = cell % cells.columns, wide = w / cells.columns, tall = panel.band / cells.rows; return [c * wide + scale, r * tall + scale, wide - 2 * scale, tall - 2 * scale]; };
@@ -511,7 +554,7 @@ class View {
         if (points.length > 1) line(() => points.forEach(([x, y], i) => pen[i ? "lineTo" : "moveTo"](x * w, y * panel.band)));
         pen.globalAlpha = 1;
       }
-      const [px, py, wide, tall] = box(cube.keys, fixation.peak), cx = px + wide / 2, cy = py + tall / 2, arm = Math.max(5 * scale, Math.min(wide, tall) * 0.3);
+      const [px, py, wide, tall] = box(cube.keys, fixation.peak), cx = px + wide / 2, cy = py + tall / 2, arm = clamp(Math.min(wide, tall) * 0.3, 5 * scale, 9 * scale);
       line(() => { pen.moveTo(cx - arm, cy - arm); pen.lineTo(cx - arm / 3, cy - arm / 3); pen.moveTo(cx + arm, cy + arm); pen.lineTo(cx + arm / 3, cy + arm / 3); pen.moveTo(cx - arm, cy + arm); pen.lineTo(cx - arm / 3, cy + arm / 3); pen.moveTo(cx + arm, cy - arm); pen.lineTo(cx + arm / 3, cy - arm / 3); });
       line(() => pen.arc(fixation.centre[0] * w, fixation.centre[1] * panel.band, 9 * scale, 0, 7));
     }
@@ -559,20 +602,20 @@ class View {
     put(c.layer, this.get("layer")); put(c.head, this.get("head")); put(c.slot, this.get("slot")); put(c.frame, frame); put(c.opacity, opacity);
     if (Math.abs(2 ** Number(c.temperature.value) - temperature) > 1e-9) put(c.temperature, Math.log2(temperature));
     c.same.checked = this.get("same_scale");
-    c.frameValue.textContent = this.about.labels[frame];
-    c.temperatureValue.textContent = temperature.toFixed(2);
+    say(c.frameValue, this.about.labels[frame]);
+    say(c.temperatureValue, temperature.toFixed(2));
     c.temperature.dataset.value = temperature;
     c.temperature.setAttribute("aria-valuetext", temperature.toFixed(2));
     c.frame.setAttribute("aria-valuetext", this.about.labels[frame]);
-    c.opacityValue.textContent = `${Math.round(100 * opacity)} %`;
-    this.where.textContent = this.about.subtitle;
+    say(c.opacityValue, `${Math.round(100 * opacity)} %`);
+    say(this.where, this.about.subtitle);
   }
 
   showNotice(wanting) {
     const waited = Math.max(0, ...[...this.store.asked.values()].map((since) => performance.now() - since));
-    const fetching = wanting && !this.error.textContent ? [waited > 2500 ? `Still waiting for the kernel (layer ${this.get("layer") + 1}, frame ${this.get("frame") + 1}): it is busy or gone; what has arrived can be looked at.` : `Fetching layer ${this.get("layer") + 1}, frame ${this.get("frame") + 1} …`] : [];
+    const fetching = wanting && !this.error.textContent ? [waited > 2500 ? `Still waiting for the kernel (layer ${this.lead.numbers[Math.min(this.get("layer"), this.lead.layers - 1)]}, frame ${this.get("frame") + 1}): it is busy or gone; what has arrived can be looked at.` : `Fetching layer ${this.lead.numbers[Math.min(this.get("layer"), this.lead.layers - 1)]}, frame ${this.get("frame") + 1} …`] : [];
     const text = [...fetching, ...(this.about.notes || [])].join(" ");
-    if (this.notice.textContent !== text) this.notice.textContent = text;
+    say(this.notice, text);
   }
 }
 

@@ -15,7 +15,7 @@ const STYLE = `
 .fvlm-linked table { border-collapse: separate; border-spacing: 2px; width: 100%; table-layout: fixed; margin: 0; font-variant-numeric: tabular-nums; }
 .fvlm-linked th { font-weight: 400; font-size: 11px; color: var(--soft); padding: 1px; text-align: center; background: none; border: 0; }
 .fvlm-linked th.corner { width: 3.4rem; text-align: left; }
-.fvlm-linked td { padding: 0; height: 1.9rem; text-align: center; font-size: 11px; border-radius: 3px; cursor: pointer; border: 0; }
+.fvlm-linked td { padding: 0; height: var(--tall); text-align: center; font-size: 11px; border-radius: 3px; cursor: pointer; border: 0; }
 .fvlm-linked td[aria-selected=true] { outline: 3px solid var(--ring); outline-offset: 0; position: relative; z-index: 1; }
 .fvlm-linked svg.map { display: block; width: 100%; height: auto; background: var(--well); border-radius: 4px; touch-action: none; }
 .fvlm-linked svg.map circle { cursor: pointer; stroke: var(--paper); stroke-width: 1; }
@@ -91,7 +91,7 @@ async function render({ model, el }) {
   root.append(element("p", { class: "title" }, scene.title), panels);
 
   // --- entropy: a grid of cells, one in the order of Tab
-  const table = element("table", { role: "grid", "aria-label": `${scene.measure} of every head, layers down, heads across`, "data-role": "matrix" });
+  const table = element("table", { role: "grid", "aria-label": `${scene.measure} of every head, layers down, heads across`, "data-role": "matrix", style: `--tall:${Math.min(3.4, Math.max(1.7, 12 / layers)).toFixed(2)}rem` });
   const top = element("tr", { role: "row" }, element("th", { class: "corner", scope: "col" }, "layer"));
   for (let h = 0; h < heads; h++) top.append(element("th", { scope: "col", role: "columnheader" }, `${h}`));
   table.append(element("thead", { role: "rowgroup" }, top));
@@ -159,13 +159,13 @@ async function render({ model, el }) {
   const paint = () => {
     const began = performance.now(), { l, h, t } = state(), at = l * heads + h;
     boxes.forEach((box, i) => { box.setAttribute("aria-selected", i === at); box.setAttribute("tabindex", i === at ? 0 : -1); });
-    let sum_x = 0, sum_y = 0, count = 0;
+    let sum_x = 0, highest = SIDE, count = 0;
     dots.forEach((dot, i) => {
       const on = points[i][0] === l && points[i][1] === h;
       dot.classList.toggle("on", on);
-      if (on) { sum_x += +dot.getAttribute("cx"); sum_y += +dot.getAttribute("cy"); count++; }
+      if (on) { sum_x += +dot.getAttribute("cx"); highest = Math.min(highest, +dot.getAttribute("cy")); count++; }
     });
-    if (count) { tag.setAttribute("x", Math.min(SIDE - 44, Math.max(44, sum_x / count))); tag.setAttribute("y", Math.max(14, sum_y / count - radius - 6)); tag.textContent = name(l, h); }
+    if (count) { tag.setAttribute("x", Math.min(SIDE - 44, Math.max(44, sum_x / count))); tag.setAttribute("y", Math.max(14, highest - radius - 6)); tag.textContent = name(l, h); }
     map.setAttribute("aria-valuenow", at); map.setAttribute("aria-valuetext", name(l, h));
     lay(pen, width, height, t, heat(l, h, t));
     small.forEach((face, i) => {

@@ -156,7 +156,7 @@ async function render({ model, el }) {
   const speeds = [...new Set([2, 4, 8, 15, 25, model.get("fps")])].sort((a, b) => a - b);
   for (const v of speeds) speed.append(element("option", { value: v }, `${v} frames/s`));
   const difference = element("input", { type: "checkbox", "data-role": "difference", "data-lm-suppress-shortcuts": "true" });
-  const legend = element("span", { class: "legend", "data-role": "legend" }, "0", element("i", { "aria-hidden": "true" }), "255 of 255");
+  const legend = element("span", { class: "legend", "data-role": "legend" }, "0", element("i", { "aria-hidden": "true" }), "255");
   root.append(element("div", { class: "controls" }, play, slider, element("label", {}, "speed", speed), element("label", {}, difference, "difference from the truth"), legend));
   const live = element("p", { class: "live", "data-role": "live", "aria-live": "polite" });
   root.append(live);

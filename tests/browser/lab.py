@@ -129,10 +129,11 @@ class Page:
     def __init__(self, context, lab):
         self.context, self.lab, self.page = context, lab, context.new_page()
         self.page.set_default_timeout(30_000)
-        self.console, self.requests = [], []
+        self.console, self.requests, self.sent = [], [], []
         self.page.on("console", lambda message: self.console.append((message.type, message.text)))
         self.page.on("pageerror", lambda error: self.console.append(("error", str(error))))
         self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("websocket", lambda socket: (self.requests.append(socket.url), socket.on("framesent", lambda message: self.sent.append(message if isinstance(message, bytes) else message.encode()))))
 
     def open(self, name):
         "Opens a notebook in a document of its own and waits for its kernel."
