@@ -1,11 +1,12 @@
 # Four commands. Each makes .venv on first use (Python >= 3.11).
-#   make demo    real clips, a real ViT, SC-VFP against the trivial predictors, a report
+#   make demo    real clips, a real ViT, SC-VFP against the trivial predictors, a report; PART=fvlm or PART=s_hr_vqvae for the other systems
 #   make lab     the notebooks in JupyterLab
 #   make test    everything that has to hold
 #   make bench   speed, as ratios measured in one process
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PART   ?= sc_vfp
 READY  := $(VENV)/ready
 
 .PHONY: demo lab test bench notebooks readme clean
@@ -19,7 +20,7 @@ $(READY): settings.ini setup.py pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)
-	$(BIN)/fvlm demo --out demo_out
+	$(BIN)/fvlm demo --part $(PART) --out demo_out
 
 # JupyterLab refuses to start for root, as in a container, unless told.
 lab: $(READY)

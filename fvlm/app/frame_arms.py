@@ -6,7 +6,7 @@
 __all__ = ['QUANTIZER_ARMS', 'RIVAL_ARMS', 'PREDICTOR_ARMS', 'FrameArm', 'quantized_by', 'predicted_with', 'joint_by',
            'parameters_of', 'of_equal_size', 'stage_name', 'stored_stage']
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #b3df8068
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #8c3a17cf
 import hashlib
 import json
 import shutil
@@ -22,13 +22,13 @@ from ..models.s_hr_vqvae import SHRVQVAE, SHRVQVAEConfig
 from ..recipes.frame_prediction import FramePredictionRecipe, FrameSplits
 from ..recipes.frame_stages import STAGES, FinishedStage, run_stage, stage_settings
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #c907e00a
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #ca10f021
 @dataclass(frozen=True, kw_only=True)
 class FrameArm:
     "One arm of a study."
 
     what: str  # in words
-    stage: str  # what is judged: one of STAGES or RIVALS
+    stage: str  # what is judged: one of STAGES or RIVALS, or "trivial": rows that are not trained, in a cell of their own, without a seed
     change: Callable[[FramePredictionRecipe], FramePredictionRecipe] = lambda recipe: recipe  # the one thing that is different
     same_seconds: bool = False  # rivals: trained as long as stages 1 and 2 took with the same seed; False: the recipe's steps
 
@@ -53,7 +53,7 @@ def joint_by(
     "A change: what the picture counts in the joint stage."
     return lambda recipe: replace(recipe, joint_weight=weight)
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #e75b338d
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #5d19952c
 def parameters_of(
     recipe: FramePredictionRecipe,  # any
     stage: str,  # one of STAGES or RIVALS
@@ -80,7 +80,7 @@ def of_equal_size(
 
     return change
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #d9814123
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #62a37397
 QUANTIZER_ARMS = {
     "tree": FrameArm(what="a book for every path", stage="frames", change=quantized_by("tree")),
     "flat": FrameArm(what="residual VQ, one book a level", stage="frames", change=quantized_by("flat")),
@@ -93,6 +93,7 @@ RIVAL_ARMS = {
     "simvp_sized": FrameArm(what="SimVP, as many parameters, the recipe's steps", stage="simvp", change=of_equal_size("simvp")),
 }
 PREDICTOR_ARMS = {
+    "trivial": FrameArm(what="copy-last, linear extrapolation, the mean frame, and in worlds who is told the path", stage="trivial"),
     "disjoint": FrameArm(what="stages 1 and 2", stage="codes"),
     "joint": FrameArm(what="stages 1 to 3, the recipe's lambda", stage="joint"),
     **RIVAL_ARMS,
@@ -104,7 +105,7 @@ PREDICTOR_ARMS = {
     "single_codes": FrameArm(what="disjoint on plain VQ", stage="codes", change=quantized_by("single")),
 }
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #3dfcaeed
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #5442bf67
 def stage_name(
     recipe: FramePredictionRecipe,  # of the arm
     stage: str,  # one of STAGES or RIVALS

@@ -6,7 +6,7 @@
 __all__ = ['VERDICTS', 'SOURCES', 'EFFECTS', 'Claim', 'load_claims', 'Ledger', 'Effect', 'inside', 'measured', 'JudgedClaim',
            'judge_claims', 'claims_table']
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #714a5cd8
+# %% ../../nbs/70_evidence/80_claims.ipynb #b56c1c2f
 import json
 import re
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from .statistics import Interval, paired_bootstrap
 from ..recipes.published_numbers import EXACT, maximum_that_gives, psnr_that_two_percentages_imply
 from ..training.records import RunRecord, read_records
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #069901f0
+# %% ../../nbs/70_evidence/80_claims.ipynb #78f55c95
 VERDICTS = ("upheld", "not upheld", "confounded", "not decided", "not run yet", "not testable here")
 SOURCES = {
     "000_2c225b8339b00e91.txt": "SC-VFP: semantic dilution in next-frame prediction (arXiv 2501.16753)",
@@ -88,7 +88,7 @@ def load_claims(
         raise InputError("claims: two of them have the same id")
     return found
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #6c47e007
+# %% ../../nbs/70_evidence/80_claims.ipynb #014e88cf
 class Ledger:
     "The records below a results folder, read once."
 
@@ -145,7 +145,7 @@ class Ledger:
             raise InputError(f"{' and '.join(run for run, _ in sides)}: saw different data; a difference between them would say nothing")
         return [np.array([[t[None if set(t) == {None} else seed][clip] for clip in clips_of] for seed in seeds]) for clips_of in clips for t in tables]
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #91eadf01
+# %% ../../nbs/70_evidence/80_claims.ipynb #d00ec93b
 @dataclass(frozen=True, kw_only=True)
 class Effect:
     "What one test found."
@@ -182,10 +182,7 @@ def inside(
         return "upheld"
     return "not upheld" if high < bottom or low > top else "not decided"
 
-
-print([inside(*ends, [0, None]) for ends in ((0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1))])
-
-# %% ../../nbs/70_evidence/80_claims.ipynb #6620f8d7
+# %% ../../nbs/70_evidence/80_claims.ipynb #e3d80c40
 def measured(
     test: dict,  # of a claim
     ledger: Ledger,  # the records
@@ -219,7 +216,7 @@ def _maximum_that_two_percentages_imply(ledger: Ledger) -> float | None:
 
 _FACTS_OF_RECORDS: dict[str, Callable] = {"maximum_that_two_percentages_imply": _maximum_that_two_percentages_imply}
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #1da52e3b
+# %% ../../nbs/70_evidence/80_claims.ipynb #9f75d4e2
 @dataclass(frozen=True, kw_only=True)
 class JudgedClaim:
     "A claim and what the records say to it."
@@ -262,7 +259,7 @@ def judge_claims(
     return [JudgedClaim(claim=claim, effects=[measured(t, ledger) for t in claim.tests], controls=[measured(t, ledger) for t in claim.controls])
             for claim in (load_claims() if claims is None else claims)]
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #b3012123
+# %% ../../nbs/70_evidence/80_claims.ipynb #78b6c170
 def claims_table(
     judged: list[JudgedClaim],  # from `judge_claims`
 ) -> str:

@@ -6,7 +6,7 @@
 __all__ = ['TRIVIAL_ROWS', 'TOLD', 'MOTION', 'OneFuture', 'BestOf', 'Ceiling', 'ToldThePath', 'judge_frames', 'runs_of',
            'FramePredictionResult']
 
-# %% ../../nbs/70_evidence/79_code_prediction.ipynb #dd272022
+# %% ../../nbs/70_evidence/79_code_prediction.ipynb #4053a356
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ from ..objectives.metrics import SSIM_WINDOWS, lpips_weights
 from ..recipes.frame_clips import FrameClips
 from ..training.batches import evaluating
 
-# %% ../../nbs/70_evidence/79_code_prediction.ipynb #8c3064f2
+# %% ../../nbs/70_evidence/79_code_prediction.ipynb #eae05cb4
 class OneFuture:
     "A model of codes as a predictor: greedy, or one sample a clip."
 
@@ -93,7 +93,7 @@ class Ceiling:
         "(B, F, C, H, W)."
         return self.model.reconstruct(target)
 
-# %% ../../nbs/70_evidence/79_code_prediction.ipynb #9867bd85
+# %% ../../nbs/70_evidence/79_code_prediction.ipynb #d21219a7
 class ToldThePath:
     "Objects as they looked, put where the answers say they will be: the oracle of worlds with dark grounds."
 
@@ -107,7 +107,7 @@ class ToldThePath:
         seen = context.shape[1]
         return torch.stack([painted_at(looks_of(c, m[:seen], t[:seen]), t[seen:], c.shape[-2:]) for c, m, t in zip(context, masks, trajectories)])
 
-# %% ../../nbs/70_evidence/79_code_prediction.ipynb #fe279e99
+# %% ../../nbs/70_evidence/79_code_prediction.ipynb #fc55e7da
 TRIVIAL_ROWS = ("copy_last", "linear", "mean_frame")  # what learns nothing and is told nothing
 TOLD = "told_the_path"
 MOTION = {"centre": "centre off by, px", "speed": "speed off by, px a frame", "likeness": "likeness", "identity": "identity kept", "bounce": "first turn off by, frames"}
@@ -196,7 +196,7 @@ def judge_frames(
     return FramePredictionResult(values=values, parameters={name: fact[0] for name, fact in facts.items()}, bytes_per_frame={name: fact[1] for name, fact in facts.items()},
                                  clip_names=[clips.clip_names[int(i)] for i in owners], context_frames=context_frames, ssim_window=ssim_window, notes=notes)
 
-# %% ../../nbs/70_evidence/79_code_prediction.ipynb #1be4d80d
+# %% ../../nbs/70_evidence/79_code_prediction.ipynb #f3449bc4
 def runs_of(
     verdicts: Sequence[str],  # one a frame ahead
     wanted: str,  # which of them
@@ -246,12 +246,12 @@ class FramePredictionResult:
         ahead: int | None = None,  # this frame ahead alone, 1..F; None: the mean of all
         statistic: str = "difference",  # as in `paired_bootstrap`: name minus over, "ratio", or "skill"
     ) -> Interval | None:
-        "The paired interval over seeds and clips; None where there is one clip and one seed."
+        "The paired interval over seeds and clips; None where there is one clip and one seed, and for a ratio of errors that are exactly 0."
         a, b = (self._row(row, metric) for row in (name, over))
         if ahead is not None:
             check_range("ahead", ahead, 1, self.horizon, integer=True)
         a, b = (x.mean(2) if ahead is None else x[:, :, ahead - 1] for x in (a, b))
-        return None if max(a.size, b.size) < 2 else paired_bootstrap(a, b, statistic=statistic, resamples=2000)
+        return None if max(a.size, b.size) < 2 or (statistic != "difference" and (a <= 0).any()) else paired_bootstrap(a, b, statistic=statistic, resamples=2000)
 
     def beats_from(
         self,
@@ -288,7 +288,7 @@ class FramePredictionResult:
         "In words: how much less or more, with its interval, and from which frame ahead to which."
         found, ours, theirs = self.interval(name, over, metric, statistic="skill"), self.per_horizon(name, metric).mean(), self.per_horizon(over, metric).mean()
         if found is None or theirs <= 0:
-            return f"{name} against {over}: {metric} {ours:.4f} and {theirs:.4f}, one clip and one seed, no interval."
+            return f"{name} against {over}: {metric} {ours:.4f} and {theirs:.4f}; no interval."
         more, verdicts = ours > theirs, self.against(name, over, metric)
         low, high = (-found.high, -found.low) if more else (found.low, found.high)
         size = f"{abs(1 - ours / theirs):.0%} {'more' if more else 'less'} {metric} than {over} [{low:+.0%}, {high:+.0%}]" + ("" if found.excludes() else ", which is not told apart from none")
@@ -326,7 +326,7 @@ class FramePredictionResult:
         if name == "copy_last" or floor.mean() <= 0:
             return "-"
         text = f"{1 - ours.mean() / floor.mean():+.1%}"
-        if max(ours.size, floor.size) < 2 or ours.mean() <= 0:
+        if max(ours.size, floor.size) < 2 or (ours <= 0).any():
             return text
         found = paired_bootstrap(ours, floor, statistic="skill", resamples=2000)
         return f"{text} [{found.low:+.1%}, {found.high:+.1%}]"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_DOTS', 'head_map', 'LinkedView']
 
-# %% ../../nbs/80_instruments/91_linked_view.ipynb #f163416c
+# %% ../../nbs/80_instruments/91_linked_view.ipynb #7c182187
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..objectives.attention_statistics import check_attention, normalised_entrop
 from ..pictures import as_frames, beside, heat_map_over_frame
 from ..show import matrix, scatter
 
-# %% ../../nbs/80_instruments/91_linked_view.ipynb #c7e95013
+# %% ../../nbs/80_instruments/91_linked_view.ipynb #f9c305dc
 MOST_DOTS = 600
 
 
@@ -51,7 +51,7 @@ def head_map(
     found = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1, max_iter=500).fit_transform((rows - rows.mean(0)) / spread)
     return found.reshape(sizes["L"], sizes["H"], sizes["n"], 2).astype(float)
 
-# %% ../../nbs/80_instruments/91_linked_view.ipynb #d469fa3d
+# %% ../../nbs/80_instruments/91_linked_view.ipynb #c833f73a
 class LinkedView(anywidget.AnyWidget):
     """Entropy matrix, map of heads and frame under one selection: a widget, a page, a picture.
 

@@ -6,7 +6,7 @@
 __all__ = ['COPY_LAST', 'TRUTH', 'MAX_SIDE', 'SHEET_COLUMNS', 'LABEL_WIDTH', 'PAGE', 'LIVE', 'widget_page', 'twin_bundle',
            'show_twice', 'PredictionScrubber']
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #209bdd2d
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #467f1fb1
 import base64
 import io
 import json
@@ -28,7 +28,7 @@ from .nearest_frames import nearest_frames
 from ..pictures import _fitted, _font, as_frames, beside, frame_strip, stacked
 from ..show import curves, png_base64
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #3dfa42f5
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #e5a15ed5
 COPY_LAST, TRUTH, MAX_SIDE, SHEET_COLUMNS, LABEL_WIDTH = "copy-last", "truth", 256, 8, 104
 
 
@@ -61,7 +61,7 @@ def _label(text: str, height: int, width: int = LABEL_WIDTH) -> Image.Image:  # 
 def _square_error(a: np.ndarray, b: np.ndarray) -> list[float]:  # uint8 (n,H,W,3) against the same or (1,H,W,3) -> n numbers on the scale [0,1]
     return [float(np.square(x.astype(np.float64) - y).mean() / 255**2) for x, y in zip(a, np.broadcast_to(b, a.shape))]
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #24316432
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #f6bdc729
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <title>%(title)s</title><link rel="icon" href="data:,"><style>body { margin: 1.5rem auto; max-width: 62rem; padding: 0 1rem; background: Canvas; color: CanvasText; font: 15px/1.5 system-ui, sans-serif; }</style></head>
@@ -104,7 +104,7 @@ def widget_page(
     coded = json.dumps(state, default=plain, separators=(",", ":"))
     return PAGE % {"title": escape(title), "state": escaped(coded), "module": escaped(module)}
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #7418bd26
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #f08e00be
 LIVE = "application/vnd.jupyter.widget-view+json"
 
 
@@ -129,7 +129,7 @@ def show_twice(
     if LIVE in data:
         display({LIVE: data[LIVE], "text/plain": words}, metadata=metadata, raw=True)
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #f9be2403
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #0e2dd3d2
 class PredictionScrubber(anywidget.AnyWidget):
     """Truth, predictions and copy-last under one cursor, with an error per horizon: a widget, a page, a picture.
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'EXACT', 'published_architecture', 'parameter_ratio_at_full_width', 'head_width_of_published_count',
-           'parameters_with_ordinary_heads', 'parameters_of_nearest_fit', 'share_of_parameters_folded',
-           'psnr_that_two_percentages_imply', 'maximum_that_gives', 'dimensions_that_a_head_reads',
-           'share_that_a_head_sees', 'similarity_of_equal_heads', 'cosine_after_descent_described',
-           'cosine_after_descent_released', 'gradient_through_decoder', 'cosine_moved_by_rotation']
+           'parameters_with_ordinary_heads', 'parameters_of_nearest_fit', 'parameters_of_nearest_fit_ordinary',
+           'share_of_parameters_folded', 'psnr_that_two_percentages_imply', 'maximum_that_gives',
+           'dimensions_that_a_head_reads', 'share_that_a_head_sees', 'similarity_of_equal_heads',
+           'cosine_after_descent_described', 'cosine_after_descent_released', 'gradient_through_decoder',
+           'cosine_moved_by_rotation']
 
-# %% ../../nbs/65_recipes/77_published_numbers.ipynb #464b3d21
+# %% ../../nbs/65_recipes/77_published_numbers.ipynb #e28f6273
 import math
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ from ..models.sc_vfp import SCVFPConfig
 from ..objectives.attention_statistics import head_cosine
 from ..objectives.losses import semantic_similarity_loss
 
-# %% ../../nbs/65_recipes/77_published_numbers.ipynb #23bff85c
+# %% ../../nbs/65_recipes/77_published_numbers.ipynb #e9ea0bbe
 PUBLISHED = {
     "less_mse": 0.6871,  # share of a rival's squared error that is gone, at best
     "more_psnr": 0.0663,  # relative gain of the signal-to-noise ratio, at best
@@ -32,7 +33,7 @@ PUBLISHED = {
     "worse_on_kth": (0.35, 0.45),  # relative growth of the error on KTH by the new attention
 }
 
-# %% ../../nbs/65_recipes/77_published_numbers.ipynb #ef4cc27d
+# %% ../../nbs/65_recipes/77_published_numbers.ipynb #367b043e
 def published_architecture(
     head_width: int,  # r: d for full width, d / 8 for ordinary heads
     ffn_dim: int = 2048,  # f; the paper's
@@ -50,7 +51,7 @@ def published_architecture(
     sizes = (dim, *mlp_dims, dim)
     return depth * block + 2 * dim + sum(a * b + b for a, b in zip(sizes, sizes[1:]))
 
-# %% ../../nbs/65_recipes/77_published_numbers.ipynb #fd2e1fdf
+# %% ../../nbs/65_recipes/77_published_numbers.ipynb #fe8d8fc9
 def parameter_ratio_at_full_width() -> float:
     "Parameters at full width over those with ordinary heads, everything else as published."
     return published_architecture(768) / published_architecture(96)
@@ -73,12 +74,17 @@ def parameters_of_nearest_fit() -> float:
     return published_architecture(config.head_dim, config.ffn_dim) / 1e6
 
 
+def parameters_of_nearest_fit_ordinary() -> float:
+    "Millions, of the same setting with ordinary heads."
+    return published_architecture(96, SCVFPConfig.preset("paper_budget").ffn_dim) / 1e6
+
+
 def share_of_parameters_folded() -> float:
     "Weights of folded full-width attention over those of the unfolded one."
     count = lambda block: sum(p.numel() for p in block.parameters())
     return count(FoldedSCMHSA(64, 8)) / count(SCMHSA(64, 8))
 
-# %% ../../nbs/65_recipes/77_published_numbers.ipynb #2d5e48b7
+# %% ../../nbs/65_recipes/77_published_numbers.ipynb #73a89fb5
 def psnr_that_two_percentages_imply() -> float:
     "Decibels that the rival must have had, if the best two published percentages describe one comparison."
     return -10 * math.log10(1 - PUBLISHED["less_mse"]) / PUBLISHED["more_psnr"]
@@ -91,7 +97,7 @@ def maximum_that_gives(
     "The maximum at which an error has that signal-to-noise ratio."
     return math.sqrt(check_range("mse", mse, 1e-300) * 10 ** (psnr / 10))
 
-# %% ../../nbs/65_recipes/77_published_numbers.ipynb #aae29d70
+# %% ../../nbs/65_recipes/77_published_numbers.ipynb #990a1b4d
 def _dimensions_read(block) -> int:
     "Dimensions of the embedding that the first head's output depends on."
     x = torch.randn(1, 3, block.dim, generator=generator(0, "dimensions read")).requires_grad_()
@@ -108,7 +114,7 @@ def share_that_a_head_sees() -> float:
     "The same as a share of the embedding."
     return dimensions_that_a_head_reads() / 512
 
-# %% ../../nbs/65_recipes/77_published_numbers.ipynb #6c239726
+# %% ../../nbs/65_recipes/77_published_numbers.ipynb #8d4c80cf
 def similarity_of_equal_heads() -> float:
     "The similarity loss, kind cos2, of heads with the same outputs."
     one = torch.randn(2, 1, 5, 16, generator=generator(0, "equal heads"))
@@ -168,6 +174,6 @@ def cosine_moved_by_rotation() -> float:
 
 EXACT: dict[str, Callable[[], float]] = {
     f.__name__: f for f in (
-        parameter_ratio_at_full_width, head_width_of_published_count, parameters_with_ordinary_heads, parameters_of_nearest_fit, share_of_parameters_folded,
+        parameter_ratio_at_full_width, head_width_of_published_count, parameters_with_ordinary_heads, parameters_of_nearest_fit, parameters_of_nearest_fit_ordinary, share_of_parameters_folded,
         psnr_that_two_percentages_imply, dimensions_that_a_head_reads, share_that_a_head_sees, similarity_of_equal_heads, cosine_after_descent_described,
         cosine_after_descent_released, gradient_through_decoder, cosine_moved_by_rotation)}

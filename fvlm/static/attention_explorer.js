@@ -245,7 +245,7 @@ class View {
       tag("div", { className: "fx-top" }, tag("strong", { className: "fx-title" }, about.title), this.where), this.error,
       tag("div", { className: this.panels.length === 1 && !this.panels[0].time ? "fx-body fx-one" : "fx-body" },
         tag("div", { className: "fx-panels" }, ...this.panels.map((panel) => panel.figure)), tag("div", { className: "fx-side" }, this.readout, bar, this.notice, this.live)),
-      tag("p", { className: "fx-keys" }, tag("i", { className: "fx-key fx-key-query" }), "query   ", ...(this.panels[0].time ? [] : [tag("i", { className: "fx-key fx-key-centre" }), "centre of mass   ", tag("i", { className: "fx-key fx-key-peak" }, "×"), "strongest   "]), tag("span", {}, about.help)));
+      tag("p", { className: "fx-keys" }, tag("i", { className: "fx-key fx-key-query" }), this.lead.queries.kind === "tokens" ? "chosen patch   " : "query   ", ...(this.panels[0].time ? [] : [tag("i", { className: "fx-key fx-key-centre" }), "centre of mass   ", tag("i", { className: "fx-key fx-key-peak" }, "×"), "strongest   "]), tag("span", {}, about.help)));
     this.root.addEventListener("keydown", (event) => this.pressed(event));
     for (const name of ["keyup", "keypress"]) this.root.addEventListener(name, (event) => { if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); });
     el.replaceChildren(this.root);
@@ -404,12 +404,13 @@ class View {
   alpha(v) { const strength = this.get("opacity"); return strength && strength ** (1 + 1.6 * (1 - v)); } // little attention leaves the picture in sight
 
   picture(panel, cell, w, h) { // a frame at the size it is drawn, kept for the next time
-    const at = clamp(panel.cube.seen ? panel.cube.seen[this.get("frame")][cell ?? 0] : panel.time ? cell : this.get("frame"), 0, this.pictures.length - 1), name = `${at} ${w} ${h}`;
+    const at = clamp(panel.cube.seen ? panel.cube.seen[this.get("frame")][cell ?? 0] : panel.time ? cell : this.get("frame"), 0, this.pictures.length - 1), grey = this.get("opacity") > 0, name = `${at} ${w} ${h} ${grey}`;
     if (!this.pictures[at] || w < 1 || h < 1) return null;
     if (!this.scaled.has(name)) {
       if (this.scaled.size > 96) this.scaled.clear();
       const small = tag("canvas", { width: w, height: h }), pen = small.getContext("2d");
       pen.imageSmoothingQuality = "high";
+      if (grey) pen.filter = `saturate(${1 - this.about.grey})`; // colour is then attention
       pen.drawImage(this.pictures[at], 0, 0, w, h);
       this.scaled.set(name, small);
     }

@@ -2,7 +2,7 @@
 import pytest
 
 from tests.browser.lab import Lab, Page
-from tests.browser.tour import CELLS
+from tests.browser.tour import CELLS, EXPLORERS
 
 
 @pytest.fixture(scope="session")
@@ -14,15 +14,21 @@ def lab(browser, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tour(browser, lab):
+def context(browser):
+    "One browser profile for all pages: Lab's own scripts are read once."
+    with browser.new_context(viewport={"width": 1400, "height": 1000}) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="session")
+def tour(context, lab):
     "The page of a notebook that shows every widget, run from top to bottom in a Lab that reaches nothing but the loopback."
     lab.write("tour.ipynb", *CELLS.values())
-    with browser.new_context(viewport={"width": 1400, "height": 1000}) as context:
-        page = Page(context, lab)
-        page.open("tour.ipynb")
-        page.run_all()
-        page.page.wait_for_function("n => document.querySelectorAll('.fvlm-explorer[data-ready=true]').length === n", arg=6, timeout=60_000)
-        page.page.wait_for_selector(".fvlm-scrubber[data-ready=true]")
-        page.page.wait_for_selector(".fvlm-linked[data-ready=true]")
-        page.problems = page.errors()
-        yield page
+    page = Page(context, lab)
+    page.open("tour.ipynb")
+    page.run_all()
+    page.page.wait_for_function("n => document.querySelectorAll('.fvlm-explorer[data-ready=true]').length === n", arg=len(EXPLORERS), timeout=60_000)
+    page.page.wait_for_selector(".fvlm-scrubber[data-ready=true]")
+    page.page.wait_for_selector(".fvlm-linked[data-ready=true]")
+    page.problems = page.errors()
+    return page

@@ -115,12 +115,9 @@ OUTPUTS = """
   for (let i = 0; i < cells.length; i++) { const c = cells.get(i); if (c.type === 'code') out.push({index: i, count: c.executionCount, source: c.sharedModel.getSource(), outputs: c.outputs.toJSON()}); }
   return out; }
 """
-# Idle with nothing waiting: every code cell that holds code has been counted, and the kernel says so.
-FINISHED = """
-() => { const panel = window.jupyterapp.shell.currentWidget, kernel = panel.sessionContext.session?.kernel;
-  if (!kernel || kernel.status !== 'idle' || kernel.hasPendingInput) return false;
-  return panel.content.widgets.every(c => c.model.type !== 'code' || !c.model.sharedModel.getSource().trim() || (c.model.executionState ?? 'idle') === 'idle' && !(c.promptNode?.textContent ?? '').includes('*')); }
-"""
+RUNNING = "i => window.jupyterapp.shell.currentWidget.content.widgets[i].node.querySelector('.jp-InputPrompt').textContent.includes('*')"
+# A command's promise ends with the last cell it runs.
+EXECUTE = """([command, given, seconds]) => Promise.race([window.jupyterapp.commands.execute(command, given).then(() => true), new Promise(done => setTimeout(() => done(false), 1000 * seconds))])"""
 
 
 class Page:
@@ -145,24 +142,29 @@ class Page:
         self.page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells && window.jupyterapp.shell.currentWidget.context.isReady", timeout=90_000)
         self.page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=90_000)
 
-    def execute(self, command, **arguments):
-        "Runs a command of JupyterLab, as a menu would."
-        return self.page.evaluate("([c, a]) => window.jupyterapp.commands.execute(c, a).then(() => null)", [command, arguments])
+    def execute(self, command, seconds=60, **arguments):
+        "Runs a command of JupyterLab, as a menu would, to its end."
+        if not self.page.evaluate(EXECUTE, [command, arguments, seconds]):
+            raise TimeoutError(f"{command} took more than {seconds} s")
 
     def run_all(self, seconds=120):
         "Runs every cell from top to bottom and waits for the last one."
-        self.execute("notebook:run-all-cells")
-        self.page.wait_for_function(FINISHED, timeout=1000 * seconds)
+        self.execute("notebook:run-all-cells", seconds)
 
     def run_cell(self, index, seconds=60):
         "Runs one cell and waits; what it printed."
-        self.start_cell(index)
-        self.page.wait_for_function(FINISHED, timeout=1000 * seconds)
+        self.page.evaluate("i => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = i; }", index)
+        self.execute("notebook:run-cell", seconds)
         return self.printed(index)
 
     def start_cell(self, index):
-        "Runs one cell and does not wait."
+        "Runs one cell and waits no longer than until it runs."
         self.page.evaluate("i => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = i; window.jupyterapp.commands.execute('notebook:run-cell'); }", index)
+        self.page.wait_for_function(RUNNING, arg=index)
+
+    def running(self, index):
+        "Whether a cell runs. The kernel's own status would not do: it says idle after every message of a widget, which it hears between two steps."
+        return self.page.evaluate(RUNNING, index)
 
     def ask(self, source, seconds=60):
         "What a new last cell with this code prints: a question to the kernel, as a reader would put it."
