@@ -97,7 +97,6 @@ class PlantedLooker(nn.Module):
         attention = (self.sharpness * queries @ keys.mT).softmax(-1)
         features = (attention @ patches).squeeze(2)
         mixed, seen = self.mix.with_intermediates(features - self.common)
-        mixed = self.mix(features - self.common)  # by the path that ablation can hook
         looked = torch.cat([features - self.common, mixed], -1)
         hidden = torch.cat([torch.zeros_like(looked[:, :1]), looked[:, :-1]], 1)  # frame t is predicted from frame t-1
         return {"attention": [attention.unsqueeze(2)], "features": features, "hidden": hidden, "heads": [seen["heads"]], "time_attention": [seen["attention"]], "prediction": self.head(hidden, None)}

@@ -8,10 +8,10 @@ import torch
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError, WeightsError
 from fvlm.data.moving_mnist import MovingMNIST
 from fvlm.evidence import code_prediction
-from fvlm.evidence.code_prediction import BestOf, Ceiling, FramePredictionResult, OneFuture, judge_frames
+from fvlm.evidence.code_prediction import BestOf, Ceiling, FramePredictionResult, OneFuture, ToldThePath, judge_frames, runs_of
 from fvlm.models.hr_vqvae import HRVQVAE
 from fvlm.models.rivals import ConvLSTM, PixelCopyLast
-from fvlm.objectives.frame_scores import FRAME_CONVENTIONS, centre_errors, frame_scores, gradient_energy
+from fvlm.objectives.frame_scores import FRAME_CONVENTIONS, centre_errors, first_turns, frame_scores, gradient_energy, looks_of, motion_scores, painted_at
 from fvlm.recipes.frame_clips import FrameClips, held_world
 
 
@@ -114,7 +114,7 @@ def test_places_in_a_world():
     data = held_world(MovingMNIST(num_clips=4, num_frames=8, seed=2), answers=True)
     found = judge_frames({"off": Off(0.02)}, data, context_frames=4, with_lpips=False)
     assert np.median(found.values["truth"]["centre"]) < 1 and abs(found.values["off"]["centre"] - found.values["truth"]["centre"]).mean() < 0.5
-    assert found.per_horizon("copy_last", "centre")[-1] > 5 and "centre error, px" in found.table()
+    assert found.per_horizon("copy_last", "centre")[-1] > 5 and "centre off by, px" in found.table()
     frames, answers = data.batch(torch.arange(4))["frames"], data.answers
     moved = torch.roll(frames[:, 4:], (3, -2), (3, 4))
     from_truth = centre_errors(moved, frames[:, :4], answers["masks"], answers["trajectories"])
@@ -182,3 +182,68 @@ def test_bad_input():
     rejected(ConfigError, "upto", lambda: found.table(upto=6))
     rejected(ConfigError, "not a result", lambda: FramePredictionResult.from_plain({"values": 3}))
     rejected(ConfigError, "samples", lambda: BestOf(PixelCopyLast(), 1))
+
+
+def test_verdicts_by_frame_in_words():
+    assert runs_of(["open", "better", "better", "worse", "better"], "better") == "frames 2 to 3 and 5" and runs_of(["open", "better"], "better") == "frame 2" and runs_of(["open"], "worse") == "no frame"
+    found = judge_frames({"always": Off(0.05), "never": Off(0.49), "late": Off(0.49, 0.49, 0.05, 0.05, 0.05), "early": Off(0.05, 0.05, 0.05, 0.05, 0.49)}, clips(n=12), context_frames=3, with_lpips=False)
+    assert found.against("late") == ["worse", "worse", "better", "better", "better"]
+    said = {name: found.sentence(name) for name in ("always", "never", "late", "early")}
+    assert "less mse than copy_last" in said["always"] and said["always"].endswith("better in every frame.")
+    assert "more mse than copy_last" in said["never"] and "better in no frame of 5; worse in frames 1 to 5" in said["never"]
+    assert "better from frame 3 on, to the last of 5; worse in frames 1 to 2" in said["late"] and "better in frames 1 to 4 of 5, not to the end; worse in frame 5" in said["early"]
+    assert "less" in found.sentence("always", "never", "mse") and found.sentence("always", "never", "psnr").count("better in every frame") == 1
+    alone = judge_frames({"off": Off(0.1)}, clips(n=1), context_frames=3, with_lpips=False)
+    assert "no interval" in alone.sentence("off")
+
+
+def test_rows_that_learn_nothing():
+    data = clips()
+    found = judge_frames({}, data, context_frames=3, with_lpips=False, mean_of=data)
+    mean = data.frames.float().mean(0) / 255
+    future = data.batch(torch.arange(6))["frames"][:, 3:]
+    np.testing.assert_allclose(found.values["mean_frame"]["mse"][0], (future - mean).square().mean((2, 3, 4)).numpy(), rtol=1e-4)
+    assert found.parameters["mean_frame"] == 256 and "told_the_path" not in found.values
+    assert set(judge_frames({"off": Off(0.1)}, data, context_frames=3, with_lpips=False, trivial=False).values) == {"off", "truth"}
+    with pytest.raises(InputError, match="told the answers"):
+        judge_frames({"told": ToldThePath()}, data, context_frames=3, with_lpips=False)
+
+
+def test_who_is_told_the_path_draws_moving_mnist_exactly():
+    data = held_world(MovingMNIST(num_clips=4, num_frames=12, seed=1), answers=True)
+    found = judge_frames({"off": Off(0.02)}, data, context_frames=6, with_lpips=False)
+    told, copied = (found.values[row] for row in ("told_the_path", "copy_last"))
+    assert told["mse"].mean() < 0.02 * copied["mse"].mean() and told["centre"].mean() < 0.5 and np.median(told["bounce"]) == 0
+    assert found.interval("told_the_path", statistic="skill") is None and "told_the_path" in found.table()
+    assert (copied["speed"] > 1).all() and (copied["bounce"] >= told["bounce"]).all() and found.values["off"]["identity"].mean() > 0.9
+
+
+def test_first_turns_on_paper():
+    walk = lambda *x: torch.tensor(x, dtype=torch.float32)
+    path = torch.stack([torch.stack([walk(1, 3, 5, 4, 2, 4)], -1), torch.stack([walk(9, 8, 7, 6, 5, 4)], -1)], -1)[:, 0][:, None]  # x turns after the third frame, y goes on
+    assert first_turns(torch.tensor([[2.0, -1.0]]), path).tolist() == [[3.0, 7.0]]
+    assert first_turns(torch.tensor([[-2.0, 1.0]]), path).tolist() == [[1.0, 1.0]], "against what was seen: turned at once"
+    assert first_turns(torch.tensor([[0.0, 0.1]]), path).tolist() == [[7.0, 7.0]], "what stood still has no direction to turn from"
+    assert first_turns(torch.tensor([[2.0, -1.0]]), path, back=4.0).tolist() == [[7.0, 7.0]]
+
+
+def test_motion_of_planted_futures():
+    world = MovingMNIST(num_clips=3, num_frames=20, seed=4)
+    data = held_world(world, answers=True)
+    frames, (masks, paths) = data.batch(torch.arange(3))["frames"], (data.answers[name] for name in ("masks", "trajectories"))
+    looks = [looks_of(frames[i, :8], masks[i, :8], paths[i, :8]) for i in range(3)]
+    score = lambda places: motion_scores(torch.stack([painted_at(look, p, (64, 64)) for look, p in zip(looks, places)]), frames[:, :8], masks, paths)
+    right, still = score(paths[:, 8:]), score(paths[:, 7:8].expand(-1, 12, -1, -1))
+    assert set(right) == {"centre", "speed", "likeness", "identity", "bounce"} and all(x.shape == (3, 12) for x in right.values())
+    assert right["centre"].max() < 1 and right["speed"].max() < 1 and right["likeness"].mean() > 0.8 and right["identity"].mean() > 0.95 and right["bounce"].max() <= 0.5
+    assert still["speed"].mean() > 2 and still["bounce"].mean() > 1
+    late = score(paths[:, 5:17])
+    assert late["bounce"].mean() > right["bounce"].mean() and late["likeness"].mean() > 0.7
+    exchanged = motion_scores(torch.stack([painted_at([look[1], look[0]], p.flip(1) * 0 + torch.stack([p[:, 0] - look[0].centre + look[1].centre, p[:, 1] - look[1].centre + look[0].centre], 1), (64, 64)) for look, p in zip(looks, paths[:, 8:])]), frames[:, :8], masks, paths)
+    assert exchanged["centre"].mean() > 3
+    grey = motion_scores(torch.full_like(frames[:, 8:], 0.2), frames[:, :8], masks, paths)
+    assert grey["likeness"].abs().max() < 1e-3 and not grey["identity"].any()
+    one = motion_scores(frames[:, 8:], frames[:, :8], masks[:, :, :1], paths[:, :, :1])
+    assert "identity" not in one and "bounce" not in motion_scores(frames[:, 8:], frames[:, 7:8], masks[:, 7:], paths[:, 7:])
+    with pytest.raises(ShapeError):
+        motion_scores(frames[:, 8:], frames[:, :8], masks[:, :9], paths)

@@ -10,8 +10,8 @@ import torch
 
 from fvlm.app import frame_demo
 from fvlm.app.frame_arms import PREDICTOR_ARMS, QUANTIZER_ARMS, joint_by, parameters_of, predicted_with, stage_name
-from fvlm.app.frame_demo import MeanFrame, code_picture, frame_demo_recipe, frame_report, plain_results, run_frame_demo, s_hr_vqvae_part, said
-from fvlm.app.frame_study import HR_VQVAE_DIGITS, S_HR_VQVAE_DIGITS, S_HR_VQVAE_KTH, FrameStudy, by_seed_and_clip, future_of, judge_quantizer, of_arm, quantizer_table
+from fvlm.app.frame_demo import code_picture, frame_demo_recipe, frame_report, plain_results, run_frame_demo, s_hr_vqvae_part, said
+from fvlm.app.frame_study import HR_VQVAE_DIGITS, S_HR_VQVAE_DIGITS, S_HR_VQVAE_KTH, FrameStudy, by_seed_and_clip, future_of, gigaflops_of, judge_quantizer, of_arm, quantizer_table
 from fvlm.core import ConfigError, InputError
 from fvlm.models.hr_vqvae import HRVQVAE
 from fvlm.models.rivals import RIVALS
@@ -41,7 +41,7 @@ def test_demo_again_is_the_same(demo):
     for found in (first, again):
         found.pop("seconds")
     assert json.dumps(first) == json.dumps(again)
-    assert set(first["rows"]) == {"copy_last", "linear", "mean frame", "greedy", "one sample", "ceiling"} and len(first["usage"]) == 3
+    assert set(first["rows"]) == {"copy_last", "linear", "mean_frame", "greedy", "one sample", "ceiling"} and len(first["usage"]) == 3
 
 
 def test_report_is_one_file_without_network(demo):
@@ -54,14 +54,6 @@ def test_report_is_one_file_without_network(demo):
 def test_the_strongest_of_those_that_learn_nothing_is_named(demo):
     trivial = {row: demo.result.per_horizon(row).mean() for row in frame_demo.TRIVIAL}
     assert f"Against {frame_demo.ROWS[min(trivial, key=trivial.get)]}, the strongest" in said(demo.result)
-
-
-def test_mean_frame_is_the_best_constant(demo):
-    train = demo.clips.train
-    constant = MeanFrame(train).predict(torch.zeros(1, 1, 1, 32, 32), 1)[0]
-    frames = train.frames.float() / 255
-    error = lambda picture: float((frames - picture).square().mean())
-    assert error(constant) < min(error(constant + 0.01), error(constant * 0.9), error(torch.zeros_like(constant)))
 
 
 def test_code_picture_gives_every_code_its_colour():
@@ -78,7 +70,7 @@ def test_videos_are_refused_in_one_sentence(tmp_path):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
-    arms = {name: (QUANTIZER_ARMS | PREDICTOR_ARMS)[name] for name in ("tree", "flat", "disjoint", "joint")}
+    arms = {name: (QUANTIZER_ARMS | PREDICTOR_ARMS)[name] for name in ("tree", "flat", "trivial", "disjoint", "joint")}
     arms["conv_lstm"] = replace(PREDICTOR_ARMS["conv_lstm"], same_seconds=False)  # on a busy machine a budget of seconds is any number of steps
     study = FrameStudy(question="?", arms=arms, seeds=(0, 1), settings=lambda: {"tiny": SMALL})
     first = study.run("digits", study.settings(), root=root, store=root / "store", shard=(0, 2), progress=False)
@@ -88,7 +80,7 @@ def study(tmp_path_factory):
 
 def test_shards_share_the_grid_and_stages_are_trained_once(study):
     grid, root, first, second = study
-    assert not set(first) & set(second) and len(first) == len(second) == 5 and all("seed0" in run for run in first)
+    assert not set(first) & set(second) and len(first) == 6 and len(second) == 5 and all("seed0" in run or run == "tiny--trivial" for run in first)
     assert grid.run("digits", grid.settings(), root=root, store=root / "store", progress=False) == []
     stages = sorted(path.name.rsplit("-", 1)[0] for path in (root / "store").iterdir())
     assert stages == sorted(f"{stage}-seed{seed}" for seed in (0, 1) for stage in ("frames", "frames", "codes", "joint", "conv_lstm"))
@@ -130,6 +122,34 @@ def test_tables_say_what_the_records_say(study):
     assert table.count("\n") == 3 and "| flat | 2 |" in table
     assert f"{by_seed_and_clip(of_arm(quantizers)['tree'], 'level3/mse').mean():.5f}" in table
     assert grid.table([], "tiny") is None
+    assert grid.table([r for r in records if r.config["stage"] == "codes"], "tiny") is None
+    with pytest.raises(InputError, match="expected the cell `trivial` too"):
+        future_of([r for r in records if r.config["stage"] == "codes"])
+    told, truth = result.values["told_the_path"], result.values["truth"]
+    assert told["mse"].mean() < result.per_horizon("copy_last").mean() and set(truth) >= {"centre", "speed", "likeness", "bounce"}
+    assert result.gigaflops["disjoint"] > 0 and result.gigaflops["conv_lstm"] > 0 and "copy_last" not in result.gigaflops
+    assert result.parameters["conv_lstm"] == of_arm(records)["conv_lstm"][0].parameters and result.parameters["copy_last"] == 0 and result.parameters["mean_frame"] == 32 * 32
+
+
+def test_operations_of_a_prediction_are_all_counted():
+    rival = RIVALS["conv_lstm"][0].tiny()
+    window, config = torch.rand(1, 5, 1, 16, 16), rival.config
+    sites, width, folded = (16 // config.patch_size) ** 2, config.widths[0], config.patch_size**2
+    steps = config.context_frames + 2 - 1
+    wanted = steps * 2 * 9 * (folded + width) * 4 * width * sites + 2 * 2 * width * folded * sites
+    assert gigaflops_of(rival, window, 3) == pytest.approx(wanted / 2 / 1e9, rel=1e-9)
+    with torch.inference_mode():
+        assert gigaflops_of(rival, window, 3) == pytest.approx(wanted / 2 / 1e9, rel=1e-9)
+
+
+def test_what_matters_most_is_run_first(study):
+    grid, *_ = study
+    order = replace(grid, last=("flat",)).order()
+    assert order[:5] == [("tree", 0), ("trivial", 0), ("disjoint", 0), ("joint", 0), ("conv_lstm", 0)] and order[-2:] == [("flat", 0), ("flat", 1)]
+    assert len(order) == len(set(order)) == 11 and ("trivial", 1) not in order
+    for real in (S_HR_VQVAE_DIGITS, S_HR_VQVAE_KTH):
+        cells = real.order()
+        assert cells[0] == ("trivial", 0) and {arm for arm, _ in cells} == set(real.arms) and [seed for arm, seed in cells if arm == "joint"] == [0, 1, 2]
 
 
 def test_records_of_other_clips_are_not_compared(study):
@@ -168,7 +188,7 @@ def test_every_arm_of_every_study_makes_a_model():
             for name, arm in study.arms.items():
                 study.described(recipe, name, 0)
     ours = parameters_of(moving_mnist_stride8(), "codes")
-    for arm in PREDICTOR_ARMS.values():
+    for arm in (arm for arm in PREDICTOR_ARMS.values() if arm.stage != "trivial"):
         changed = arm.change(moving_mnist_stride8())
         if "as many parameters" in arm.what:
             assert abs(parameters_of(changed, arm.stage) / ours - 1) < 0.1

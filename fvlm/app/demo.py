@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEMO_ARMS', 'PARTS', 'frames_of', 'Looked', 'look', 'attention_and_heads', 'DemoRun', 'run_demo', 'demo_report',
-           'over_windows', 'first_real', 'DemoCommand', 'sc_vfp_part', 'plain_table']
+           'everybody', 'over_windows', 'first_real', 'DemoCommand', 'sc_vfp_part', 'plain_table']
 
-# %% ../../nbs/90_app/91_demo.ipynb #c94c1036
+# %% ../../nbs/90_app/91_demo.ipynb #589b8c9a
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -22,6 +22,7 @@ from ..data.video import probe, read_clip
 from ..encoders.embeddings import FrameEmbedder
 from ..evidence.experiment import BASELINES, Row, Trained, comparison, fitted_baseline, judge, over_clips, train_arm, write_cell
 from ..files import write_json
+from ..instruments.checkup import sc_vfp_checkup
 from ..instruments.nearest_frames import nearest_frames
 from ..models.sc_vfp import SCVFP
 from ..objectives.attention_statistics import head_cosine
@@ -30,7 +31,7 @@ from ..training.embedding_splits import EmbeddedClip, EmbeddingSplits
 from ..training.recipes import ARMS, SCVFPRecipe, demo_worlds, load_recipe, open_splits
 from ..training.records import read_records
 
-# %% ../../nbs/90_app/91_demo.ipynb #686493eb
+# %% ../../nbs/90_app/91_demo.ipynb #6963e475
 def frames_of(
     clip: EmbeddedClip,  # from a file or from a world of the demo
     indices,  # which frames
@@ -90,7 +91,7 @@ def look(
         copied=list(frames_of(clip, last[picked].tolist())), errors={"prediction": mse(prediction), "copy-last": mse(batch["embeddings"][:, -1])},
         hits=float((same & ((frame - target).abs() < windows.gap)).float().mean()), copies=float((same & (frame <= last)).float().mean()))
 
-# %% ../../nbs/90_app/91_demo.ipynb #b2f40a5e
+# %% ../../nbs/90_app/91_demo.ipynb #1223b206
 @torch.inference_mode()
 def attention_and_heads(
     model: SCVFP,  # trained
@@ -103,7 +104,7 @@ def attention_and_heads(
     attention = torch.cat([a.float().mean(0)[:, -1] for a in outputs["attention"]])
     return attention, head_cosine(outputs["heads"][-1].float())
 
-# %% ../../nbs/90_app/91_demo.ipynb #6f630053
+# %% ../../nbs/90_app/91_demo.ipynb #47403b95
 DEMO_ARMS = ("mhsa", "scmhsa", "scmhsa_similarity")
 
 
@@ -158,7 +159,7 @@ def run_demo(
     rows = comparison(read_records(root, "demo"), "demo")
     return DemoRun(rows=rows, trained=trained, splits=splits, baselines=baselines, bad=list(folder.bad) if folder else [], encoder=embedder, seconds=time.perf_counter() - started)
 
-# %% ../../nbs/90_app/91_demo.ipynb #11a378e4
+# %% ../../nbs/90_app/91_demo.ipynb #c2a70a18
 def demo_report(
     run: DemoRun,  # what was found
     recipe: SCVFPRecipe,  # how
@@ -174,12 +175,7 @@ def demo_report(
         (f"{best.less_than_ridge:+.0%}", "less error than ridge regression", between(ridge)),
         (str(len(run.splits.clips["test"])), "held-out clips", f"{len(run.splits.test)} windows; {best.seeds} seed(s) an arm"))
     report.heading("Everybody on the same clips")
-    report.table([asdict(r) | {"over_copy_last": r.over_copy_last or r.skill, "over_ridge": r.over_ridge or r.less_than_ridge} for r in run.rows], [
-        Column(key="name", label="predictor"), Column(key="standardised_mse", label="standardised MSE", hint="lower is better", format=".4f", best="min", bar=True),
-        Column(key="over_copy_last", label="skill", hint="over copy-last", format=".1%", best="max"),
-        Column(key="over_ridge", label="less error", hint="than ridge", format=".1%", best="max"), Column(key="cosine", hint="higher is better", best="max"),
-        Column(key="parameters", format=",.0f"), Column(key="seconds", hint="a run", format=".1f")],
-        caption="Mean over held-out clips and seeds; intervals from resampling both, paired. Skill is 1 - MSE / MSE(copy-last). Standardised: every embedding dimension in units of its standard deviation on the training clips.")
+    everybody(report, run.rows)
     report.heading("Learning")
     curves = {arm: t.result.curve("val", "mse") for arm, t in run.trained.items()}
     steps = next(iter(curves.values()))[0]
@@ -206,6 +202,7 @@ def demo_report(
                       caption=f"A column is a head (block.head) and sums to 1, averaged over held-out windows; {1 / recipe.context_frames:.2f} everywhere is a head that does not choose.")
         report.figure(matrix(cosines, title=f"{arm}: similarity of head outputs", value_range=(-1, 1), height=3.0),
                       alt=f"Cosine similarity between the heads of {arm}", caption="Cosine between head outputs in the last block. The similarity loss asks for zero off the diagonal.")
+    sc_vfp_checkup(model, run.splits.test, untrained=SCVFP(model.config, seed=recipe.training.seed)).onto(report, title=f"{best.name} under the instruments")
     real = sum(c.source not in demo_worlds() for c in run.splits.clips["test"])
     report.note([
         f"It can show that the chain works, and whether a small network beats copying and a linear map on {len(run.splits.clips['test'])} held-out clips ({real} of them real).",
@@ -219,6 +216,21 @@ def demo_report(
                   **{side: ", ".join(c.name for c in clips) for side, clips in run.splits.clips.items()},
                   "training": str(recipe.training), "model": str(recipe.size), "wall time": f"{run.seconds:.0f} s"})
     return report
+
+
+def everybody(
+    report: Report,  # where the table goes
+    rows: list[Row],  # of `comparison`
+    *,
+    caption: str = "Mean over held-out clips and seeds; intervals from resampling both, paired.",  # on what
+) -> Report:
+    "Every predictor with its error, its skill over copy-last and what it does better than ridge."
+    return report.table([asdict(r) | {"over_copy_last": r.over_copy_last or r.skill, "over_ridge": r.over_ridge or r.less_than_ridge} for r in rows], [
+        Column(key="name", label="predictor"), Column(key="standardised_mse", label="standardised MSE", hint="lower is better", format=".4f", best="min", bar=True),
+        Column(key="over_copy_last", label="skill", hint="over copy-last", format=".1%", best="max"),
+        Column(key="over_ridge", label="less error", hint="than ridge", format=".1%", best="max"), Column(key="cosine", hint="higher is better", best="max"),
+        Column(key="parameters", format=",.0f"), Column(key="seconds", hint="a run", format=".1f")],
+        caption=f"{caption} Skill is 1 - MSE / MSE(copy-last). Standardised: every embedding dimension in units of its standard deviation on the training clips.")
 
 
 def over_windows(
@@ -237,7 +249,7 @@ def first_real(
     real = [i for i, clip in enumerate(splits.clips["test"]) if clip.source not in demo_worlds() and i in able]
     return real[0] if real else min(able)
 
-# %% ../../nbs/90_app/91_demo.ipynb #f624a79a
+# %% ../../nbs/90_app/91_demo.ipynb #12482e8d
 PARTS = {
     "sc_vfp": "fvlm.app.demo:sc_vfp_part",
     "fvlm": "fvlm.app.foveation_demo:fvlm_part",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['frames_to_show', 'kind_of_run', 'ExploreCommand', 'default_size']
 
-# %% ../../nbs/90_app/103_explore_command.ipynb #ef7a1689
+# %% ../../nbs/90_app/103_explore_command.ipynb #fd97bf94
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -19,7 +19,7 @@ from ..core import ConfigError, InputError, VideoError, check_range
 from ..data.video import probe, read_clip
 from ..files import read_json
 
-# %% ../../nbs/90_app/103_explore_command.ipynb #53c1117e
+# %% ../../nbs/90_app/103_explore_command.ipynb #d10eace7
 def frames_to_show(
     path,  # a video file
     count: int,  # how many frames
@@ -46,7 +46,7 @@ def kind_of_run(
         return "sc_vfp"
     raise InputError(f"run: {folder} holds a run without attention to show; expected one of SC-VFP or of a foveated VLM")
 
-# %% ../../nbs/90_app/103_explore_command.ipynb #44413e49
+# %% ../../nbs/90_app/103_explore_command.ipynb #cebf8bda
 @dataclass(frozen=True, kw_only=True)
 class ExploreCommand:
     "Where a model looks in your clip, as a page to click through: an encoder's patches, a foveated VLM's two passes, or SC-VFP's attention over time."
@@ -78,7 +78,7 @@ class ExploreCommand:
         cubes = [self._chosen(cube) for cube in cubes]
         if (size := sum(cube.nbytes for cube in cubes) / 1e6) > self.max_megabytes:
             cube = cubes[0]
-            raise InputError(f"size: {cube.layers} layers x {cube.heads} heads x {cube.frames} frames x {cube.queries.total} x {cube.keys.total} tokens are {size:.0f} MB, the page may hold {self.max_megabytes:g}; "
+            raise InputError(f"size: {cube.layers} layers x {cube.heads} heads x {cube.frames} frames x {cube.queries.total} x {cube.keys.total} tokens are {size:.3g} MB, the page may hold {self.max_megabytes:g}; "
                              "take a smaller --size, fewer --frames or --layers, or a larger --max-megabytes")
         from tqdm import tqdm
 
@@ -114,9 +114,9 @@ class ExploreCommand:
         from fvlm.encoders.embeddings import FrameEmbedder
         from fvlm.instruments.attention_cube import from_vit
 
-        size = self.size or default_size(self.encoder)
+        size = default_size(self.encoder) if self.size is None else self.size
         embedder = FrameEmbedder.from_pretrained(self.encoder, pooling="mean", image_size=size, download=self.download).to(chosen_device(self.device))
-        indices = frames_to_show(self.clip, self.frames or 8, self.stride)
+        indices = frames_to_show(self.clip, 8 if self.frames is None else self.frames, self.stride)
         self._say(f"{self.encoder}, {size} pixels, {len(indices)} frames of {self.clip.name}")
         cube = from_vit(embedder, read_clip(self.clip, indices))
         return [cube], self._pictures(indices), [f"frame {i}" for i in indices], f"{self.encoder} on {self.clip.name}"
@@ -126,7 +126,9 @@ class ExploreCommand:
         from fvlm.instruments.attention_cube import from_fvlm
 
         recipe, _ = read_foveation_run(self.run_folder)
-        shown = shown_clip(self.clip, frames=self.frames or recipe.frames, gap=self.stride or recipe.gap, image_size=self.size or recipe.image_size, height=360)
+        frames, gap, size = (theirs if own is None else check_range(name, own, low, integer=True) for name, own, theirs, low in (
+            ("frames", self.frames, recipe.frames, 2), ("stride", self.stride, recipe.gap, 1), ("size", self.size, recipe.image_size, 8)))
+        shown = shown_clip(self.clip, frames=frames, gap=gap, image_size=size, height=360)
         run = open_foveation_run(self.run_folder, download=self.download)
         self._say(f"{self.run_folder}, {len(shown.indices)} frames of {self.clip.name}" + (f"; {shown.note}" if shown.note else ""))
         with torch.inference_mode():
@@ -138,13 +140,13 @@ class ExploreCommand:
         from fvlm.training.saved_runs import open_run
 
         saved = open_run(self.run_folder)
-        recipe = saved.recipe
-        indices = frames_to_show(self.clip, self.frames or recipe.context_frames + 11, self.stride or recipe.gap)
+        recipe, gap = saved.recipe, saved.recipe.gap if self.stride is None else self.stride
+        indices = frames_to_show(self.clip, recipe.context_frames + 11 if self.frames is None else self.frames, gap)
         if len(indices) < recipe.context_frames:
-            raise VideoError(self.clip, f"gives {len(indices)} frames, {self.stride or recipe.gap} apart; one window of this run needs {recipe.context_frames}")
+            raise VideoError(self.clip, f"gives {len(indices)} frames, {gap} apart; one window of this run needs {recipe.context_frames}")
         embedder = recipe.encoder.load(download=self.download)
         saved.check_encoder(embedder.fingerprint)
-        self._say(f"{self.run_folder}, {len(indices)} frames of {self.clip.name}, {self.stride or recipe.gap} apart")
+        self._say(f"{self.run_folder}, {len(indices)} frames of {self.clip.name}, {gap} apart")
         rows = saved.standardiser.apply(embedder(read_clip(self.clip, indices))[0].float())
         seen = np.arange(len(indices) - recipe.context_frames + 1)[:, None] + np.arange(recipe.context_frames)
         with torch.inference_mode():

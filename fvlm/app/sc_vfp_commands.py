@@ -6,7 +6,7 @@
 __all__ = ['SC_VFP_KTH', 'STUDIES', 'weights_entry', 'tell_bad', 'named', 'TrainCommand', 'judged_table', 'EvaluateCommand',
            'PredictCommand', 'predict_page', 'Study', 'kth_settings', 'StudyCommand']
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9dc605d4
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #43d5ae2e
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, c
 from ..training.records import read_records
 from ..training.saved_runs import open_run, save_run
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9857662d
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #672a333b
 def weights_entry(
     embedder: FrameEmbedder,  # any
 ) -> dict:
@@ -163,7 +163,7 @@ def judged_table(
     write_cell(root, "run", f"run--{recipe.arm}--seed{recipe.training.seed}", recipe, splits, by_clip, parameters=parameters, seconds=seconds, weights=weights)
     return comparison(read_records(root, "run"), "run")
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #2a354554
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #c88b12a0
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
     "Judge a trained run again on its own held-out clips, beside the trivial predictors."
@@ -197,7 +197,7 @@ class EvaluateCommand:
             print(plain_table(rows))
         return 0
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #1e284092
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9891b780
 @dataclass(frozen=True, kw_only=True)
 class PredictCommand:
     "Show the future that a trained run expects in your clip, as nearest frames beside what really came."
@@ -273,7 +273,7 @@ def predict_page(
                  "The frames are found in the clip, never generated."])
     return report
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #fabd0ab6
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9012488e
 @dataclass(frozen=True, kw_only=True)
 class Study:
     "A grid of SC-VFP runs."
@@ -327,6 +327,7 @@ SC_VFP_KTH = Study(
 
 STUDIES = {
     "sc_vfp_kth": "fvlm.app.sc_vfp_commands:SC_VFP_KTH",
+    "sc_vfp_questions": "fvlm.app.sc_vfp_questions:SC_VFP_QUESTIONS",
     "foveated_heads": "fvlm.app.foveation_study:FOVEATED_HEADS",
     "foveated_captions": "fvlm.app.foveation_study:FOVEATED_CAPTIONS",
     "foveated_gaze": "fvlm.app.foveation_study:FOVEATED_GAZE",

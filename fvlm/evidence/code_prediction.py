@@ -6,7 +6,7 @@
 __all__ = ['TRIVIAL_ROWS', 'TOLD', 'MOTION', 'OneFuture', 'BestOf', 'Ceiling', 'ToldThePath', 'judge_frames', 'runs_of',
            'FramePredictionResult']
 
-# %% ../../nbs/70_evidence/79_code_prediction.ipynb #4053a356
+# %% ../../nbs/70_evidence/79_code_prediction.ipynb #3443da84
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ from ..objectives.metrics import SSIM_WINDOWS, lpips_weights
 from ..recipes.frame_clips import FrameClips
 from ..training.batches import evaluating
 
-# %% ../../nbs/70_evidence/79_code_prediction.ipynb #eae05cb4
+# %% ../../nbs/70_evidence/79_code_prediction.ipynb #15cba5e6
 class OneFuture:
     "A model of codes as a predictor: greedy, or one sample a clip."
 
@@ -93,7 +93,7 @@ class Ceiling:
         "(B, F, C, H, W)."
         return self.model.reconstruct(target)
 
-# %% ../../nbs/70_evidence/79_code_prediction.ipynb #d21219a7
+# %% ../../nbs/70_evidence/79_code_prediction.ipynb #b0c33e93
 class ToldThePath:
     "Objects as they looked, put where the answers say they will be: the oracle of worlds with dark grounds."
 
@@ -107,7 +107,7 @@ class ToldThePath:
         seen = context.shape[1]
         return torch.stack([painted_at(looks_of(c, m[:seen], t[:seen]), t[seen:], c.shape[-2:]) for c, m, t in zip(context, masks, trajectories)])
 
-# %% ../../nbs/70_evidence/79_code_prediction.ipynb #fc55e7da
+# %% ../../nbs/70_evidence/79_code_prediction.ipynb #7c1453fa
 TRIVIAL_ROWS = ("copy_last", "linear", "mean_frame")  # what learns nothing and is told nothing
 TOLD = "told_the_path"
 MOTION = {"centre": "centre off by, px", "speed": "speed off by, px a frame", "likeness": "likeness", "identity": "identity kept", "bounce": "first turn off by, frames"}
@@ -196,7 +196,7 @@ def judge_frames(
     return FramePredictionResult(values=values, parameters={name: fact[0] for name, fact in facts.items()}, bytes_per_frame={name: fact[1] for name, fact in facts.items()},
                                  clip_names=[clips.clip_names[int(i)] for i in owners], context_frames=context_frames, ssim_window=ssim_window, notes=notes)
 
-# %% ../../nbs/70_evidence/79_code_prediction.ipynb #f3449bc4
+# %% ../../nbs/70_evidence/79_code_prediction.ipynb #e65144ff
 def runs_of(
     verdicts: Sequence[str],  # one a frame ahead
     wanted: str,  # which of them

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Cells', 'check_rows', 'AttentionCube', 'tempered', 'fixation', 'attention_used', 'from_vit', 'from_fvlm',
            'from_sc_vfp']
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #80b2d97e
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #e2f63481
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from ..core import ConfigError, InputError, NonFiniteError, ShapeError, check_ch
 from ..encoders.embeddings import Preprocessing
 from ..show import as_frames
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #95281025
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #0de2b145
 KINDS = ("grid", "time", "tokens")
 
 
@@ -85,7 +85,7 @@ class Cells:
             return self.prefix[token]
         return f"row {cell // self.columns + 1}, column {cell % self.columns + 1}" if self.kind == "grid" else f"{'frame' if self.kind == 'time' else 'query'} {cell + 1}"
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #29940d47
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #58d4ccfa
 def check_rows(
     where: str,  # which cube, layer and frame, for the message
     rows,  # (..., N) numbers, a tensor or an array
@@ -94,12 +94,10 @@ def check_rows(
 
     Raises: InputError, NonFiniteError: one sentence that names the place and the fix.
     """
-    if isinstance(rows, Tensor):
-        rows = rows.detach().float().cpu().numpy()
-    rows = np.asarray(rows)
+    rough = getattr(rows, "dtype", None) in (torch.float16, torch.bfloat16, np.dtype(np.float16))
+    rows = rows.detach().float().cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
     if rows.dtype.kind not in "fiu" or rows.size == 0:
         raise InputError(f"{where}: got {rows.dtype} of shape {rows.shape}, expected attention weights as floats")
-    rough = rows.dtype == np.float16
     rows = rows.astype(np.float32)
     if not np.isfinite(rows).all():
         bad = np.argwhere(~np.isfinite(rows))
@@ -112,7 +110,7 @@ def check_rows(
         raise InputError(f"{where}: a row sums to {worst:.3g}, expected 1; take the weights after the softmax and before dropout, with all keys (prefix tokens too)")
     return rows / sums
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #62c1d9a2
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #ae9344c9
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionCube:
     "Attention by (layer, frame), each (heads, Q, N), with the places of its queries and keys."
@@ -250,7 +248,7 @@ def tempered(
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     return scores / scores.sum(-1, keepdims=True)
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #7d5cf844
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #e79aa2fb
 def fixation(
     weights,  # (..., rows*columns) weights of the cells, need not sum to 1
     grid: tuple[int, int],  # rows and columns
@@ -267,7 +265,7 @@ def fixation(
     places = np.stack([x.ravel(), y.ravel()], -1)
     return places[values.argmax(-1)] if kind == "peak" else values @ places / total[..., None]
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #c6041934
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #14968338
 @contextmanager
 def _seen_softmax(vit: nn.Module):
     "A list that fills with (B,heads,N,N) as the model runs, its fused attention switched off meanwhile."
@@ -341,7 +339,7 @@ def from_vit(
         raise ShapeError(f"model: a layer attends with {tuple(layers[0].shape)}, expected (heads, {cells.total}, {cells.total}) in every layer; {type(vit).__name__} looks through windows or pools its patches, which no single grid can show")
     return AttentionCube(name=name, layers=len(layers), heads=layers[0].shape[0], frames=len(video), keys=cells, queries=cells, fetch=lambda layer, frame: run(frame)[layer].numpy())
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #e003f2d1
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #8d04782d
 def from_fvlm(
     outputs: Mapping,  # of a foveated VLM called with passes="both", intermediates=True: "attention_coarse" and "attention", lists of (B,T,heads,K,M)
     *,
@@ -365,7 +363,7 @@ def from_fvlm(
         raise InputError(f'outputs: hold {", ".join(sorted(outputs)) or "nothing"}, expected "attention" or "attention_coarse"; call the model with passes="both", intermediates=True')
     return cubes
 
-# %% ../../nbs/80_instruments/87_attention_cube.ipynb #4d66cea8
+# %% ../../nbs/80_instruments/87_attention_cube.ipynb #27cd2cd8
 def from_sc_vfp(
     outputs,  # of SC-VFP called with intermediates=True: "attention", a list over blocks of (B,heads,M,M); or that list
     *,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNIFORM', 'attention_rows', 'AttentionEntropy', 'attention_entropy', 'different_looks', 'temperature_table']
 
-# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #f8675347
+# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #42aa1e9a
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .diagnosis import CurvesPanel, Diagnosis, Finding, MatrixPanel, Panel, Verd
 from ..objectives.attention_statistics import check_attention, effective_count, entropy, jensen_shannon, top_k_mass
 from ..training.batches import evaluating
 
-# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #ebb24d85
+# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #2f37b37b
 def attention_rows(
     attention: Tensor | Sequence[Tensor],  # one tensor or a list over layers: (B,T,heads,K,M), or over time (B,heads,M,M)
     name: str = "attention",  # for messages
@@ -47,8 +47,8 @@ def attention_rows(
         raise ShapeError(f"{name}: rows over {found[0].shape[-1]} place, expected at least 2: there is nothing to choose from")
     return found
 
-# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #37d5756b
-UNIFORM = 0.97  # of the ceiling, mean over heads and frames: from here on attention is called uniform
+# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #10b27d9b
+UNIFORM = 0.9  # of the places are as many as attention is wide, mean over heads and frames: from here on it is called uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +76,12 @@ class AttentionEntropy(Diagnosis):
 
     def verdict(self) -> Verdict:
         "Whether attention is uniform, and what else the numbers say."
-        share, by_head = np.nanmean(self.entropy), np.nanmean(self.entropy, -1)
+        share, wide, by_head = np.nanmean(self.entropy), np.nanmean(self.effective[:, :, np.isfinite(self.entropy).all((0, 1))]), np.nanmean(self.entropy, -1)
         layer, head = np.unravel_index(by_head.argmin(), by_head.shape)
-        said = f"entropy is {share:.1%} of ln {self.places} (uniform 100 %), as wide as {np.nanmean(self.effective) * self.places:.3g} of {self.places} equal places; the sharpest head, layer {layer} head {head}, has {by_head.min():.1%}"
+        said = f"entropy is {share:.1%} of ln {self.places} (uniform 100.0%), as wide as {wide:.1%} of the places; the sharpest head, layer {layer} head {head}, has {by_head.min():.1%}"
         if self.untrained is not None:
             said += f"; untrained {np.nanmean(self.untrained):.1%}"
-        found = [Finding(name="uniform attention", failed=bool(share >= UNIFORM), sentence=said, value=float(share), reference=1.0)]
+        found = [Finding(name="uniform attention", failed=bool(wide >= UNIFORM), sentence=said, value=float(wide), reference=1.0)]
         for values, words, null in ((self.prefix_mass, "class token and registers draw {:.1%} of the mass, their share of the places is {:.1%}", self.prefix / self.places),
                                     (self.divergence, "coarse and fine attention lie {:.3f} nats apart, of {:.3f} possible", math.log(2)),
                                     (self.moved, "with the queries exchanged attention moves by {:.3f} nats, of {:.3f} possible", math.log(2))):
@@ -94,7 +94,7 @@ class AttentionEntropy(Diagnosis):
         layers, heads = ([f"{word}{i}" for i in range(n)] for word, n in zip(("layer ", "h"), self.entropy.shape))
         frames = np.arange(1, self.entropy.shape[2] + 1)
         lines = {"own": self.entropy, "coarse": self.coarse, "untrained": self.untrained}
-        by_frame = {name: _finite(frames, np.nanmean(values, (0, 1))) for name, values in lines.items() if values is not None}
+        by_frame = {name: _finite(frames, values.mean((0, 1))) for name, values in lines.items() if values is not None}
         drawn = [MatrixPanel(title="H / ln N by layer and head", values=np.nanmean(self.entropy, -1), row_labels=layers, column_labels=heads, value_range=(0, 1)),
                  CurvesPanel(title="H / ln N by frame", series=by_frame | {"uniform": (frames, np.ones(len(frames)))}, x_label="frame")]
         if self.divergence is not None:
@@ -105,7 +105,7 @@ class AttentionEntropy(Diagnosis):
 def _finite(x, y):
     return x[np.isfinite(y)], y[np.isfinite(y)]
 
-# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #32d887a7
+# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #b70d8849
 def attention_entropy(
     attention: Tensor | Sequence[Tensor],  # as used: one tensor or a list over layers, (B,T,heads,K,M) or over time (B,heads,M,M)
     *,
@@ -155,7 +155,7 @@ def _causal_places(layers, T, N):
         raise InputError(f"causal: a frame looks into its future with weight {worst:.3g}, expected 0; leave causal=False for this model")
     return torch.arange(1, T + 1).float()
 
-# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #cc171188
+# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #78086823
 def different_looks(
     model,  # a foveated model: model(batch, passes=..., intermediates=True), with q_static and batch["queries"]
     batch: Mapping,  # what it takes, at least two clips
@@ -171,7 +171,7 @@ def different_looks(
         asked = {name: own[name] for name in ("queries", "pool_state") if own.get(name) is not None}
         return {kind: own if kind == "own" else model({**batch, **(swapped := looks_of(kind, asked, model, seed=seed))}, passes="fine", intermediates=True) | swapped for kind in kinds}
 
-# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #bcfb2444
+# %% ../../nbs/80_instruments/82_attention_entropy.ipynb #079429c1
 def temperature_table(
     attention: Tensor,  # (..., N) rows at temperature 1, sum to 1
     temperatures: Sequence[float] = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, math.inf),  # >= 0; inf allowed

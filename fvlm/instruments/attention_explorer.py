@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EAGER_BYTES', 'STATIC', 'GREY', 'HELP', 'PAGE', 'fitting', 'jpegs', 'page', 'AttentionExplorer', 'video_of']
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #95e2e37b
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #ef2b1cf8
 import base64
 import io
 import json
@@ -29,8 +29,8 @@ from ..files import written_whole
 from .attention_cube import AttentionCube, Cells, fixation, from_fvlm, from_sc_vfp, from_vit
 from ..show import as_frames, beside, frame_strip, heat_map_over_frame
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #d325fe83
-EAGER_BYTES = 6_000_000  # of attention that goes along at once, and of a chunk at most
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #0980de1d
+EAGER_BYTES = 5_500_000  # of attention that goes along at once, and of a chunk at most: with the frames 6 MB
 STATIC = Path(str(files("fvlm").joinpath("static")))
 GREY = 1.0  # how far colour leaves the picture while a map lies over it: colour is then attention
 HELP = "Click or drag to ask  ·  arrow keys move the query  ·  space plays  ·  [ ] layer  ·  - = head  ·  , . frame"
@@ -51,19 +51,22 @@ def fitting(
 
 def jpegs(
     video: np.ndarray,  # (T,H,W,3) uint8
+    most: int = 400_000,  # bytes in all, as far as 160 pixels a side allow
 ) -> list[bytes]:
     "Every frame as a JPEG of at most 480 pixels a side, fewer where there are many; very small frames are enlarged without blur."
-    side = 480 if len(video) <= 32 else 320 if len(video) <= 96 else 224
     longest = max(video.shape[1:3])
-    times, how = (-(-288 // longest), Image.NEAREST) if longest < 96 else (min(1.0, side / longest), Image.LANCZOS)
-    size, found = (max(1, round(video.shape[2] * times)), max(1, round(video.shape[1] * times))), []
-    for frame in video:
-        memory = io.BytesIO()
-        Image.fromarray(frame).resize(size, how).save(memory, "JPEG", quality=86, subsampling=0)
-        found.append(memory.getvalue())
+    for side in (480, 400, 320, 240, 160):
+        times, how = (-(-288 // longest), Image.NEAREST) if longest < 96 else (min(1.0, side / longest), Image.LANCZOS)
+        size, found = (max(1, round(video.shape[2] * times)), max(1, round(video.shape[1] * times))), []
+        for frame in video:
+            memory = io.BytesIO()
+            Image.fromarray(frame).resize(size, how).save(memory, "JPEG", quality=86 - (480 - side) // 16, subsampling=0 if longest < 96 else 2)
+            found.append(memory.getvalue())
+        if sum(map(len, found)) <= most:
+            break
     return found
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #b476be39
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #70e7f495
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><link rel="icon" href="data:,"><style>
 :root {{ color-scheme: light dark; }}
@@ -119,7 +122,7 @@ def page(
     return PAGE.format(title=escape(about["title"]), css=read("attention_explorer.css"), state=json.dumps(state).replace("<", "\\u003c"), attention=as_text(packed),
                        pictures=as_text(b"".join(pictures)), code=read("attention_explorer.js").replace("export default", "const explorer ="))
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #50184195
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #ab7c7ce0
 def _mean(proposal) -> int:
     "A layer or head as a number; 'mean' is -1."
     return -1 if proposal["value"] == "mean" else proposal["value"]
@@ -167,7 +170,7 @@ class AttentionExplorer(anywidget.AnyWidget):
         notes = [f"{cube.name}: {cube.note}." for cube in self.cubes if cube.note]
         if not self.whole:
             notes.append(f"{sum(cube.nbytes for cube in self.cubes) / 1e6:.0f} MB of attention: a layer and a frame come from the kernel when they are first looked at.")
-        about = dict(title=title, subtitle=_subtitle(self.cubes), key=uuid.uuid4().hex, eager=self.whole, notes=notes, labels=labels, help=HELP, grey=GREY, size=[self.video.shape[2], self.video.shape[1]],
+        about = dict(title=title, subtitle=_subtitle(self.cubes), key=uuid.uuid4().hex, eager=self.whole, notes=notes, labels=labels, help=HELP, grey=GREY, heading=4, size=[self.video.shape[2], self.video.shape[1]],
                      cubes=[_described(cube, path=self.whole) for cube in self.cubes])
         chunks = self._every_chunk() if self.whole else {f"{i}:{min(first, cube.layers - 1)}:0": cube.log_weights(min(first, cube.layers - 1), 0).tobytes() for i, cube in enumerate(self.cubes)}
         lead = self._lead_cells()
@@ -298,7 +301,7 @@ class AttentionExplorer(anywidget.AnyWidget):
         if size > max_megabytes:
             raise InputError(f"max_megabytes: the page would hold {size:.0f} MB of attention, at most {max_megabytes:g} are allowed; allow more, or show cube.only(layers=[...], frames=[...])")
         traits = {name: getattr(self, name) for name in ("query", "slot", "layer", "head", "frame", "temperature", "playing", "opacity", "same_scale")}
-        about = {**self._about, "eager": True, "notes": [f"{cube.name}: {cube.note}." for cube in self.cubes if cube.note]}
+        about = {**self._about, "eager": True, "heading": 1, "notes": [f"{cube.name}: {cube.note}." for cube in self.cubes if cube.note]}
         with written_whole(path) as temporary:
             temporary.write_text(page(about, traits, self._chunks if self.whole else self._every_chunk(), self._pictures), encoding="utf-8")
         return Path(path)

@@ -6,8 +6,9 @@
 __all__ = ['DEAD', 'TWIN_CKA', 'TWIN_NATS', 'linear_cka', 'ablation_effects', 'Silhouette', 'HeadTSNE', 'head_tsne', 'tsne_map',
            'silhouettes_of']
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #ba1593b7
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #af1fbbd7
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +22,7 @@ from .diagnosis import Diagnosis, Finding, MatrixPanel, Panel, ScatterPanel, Ver
 from ..objectives.attention_statistics import head_cosine, jensen_shannon
 from ..training.batches import evaluating
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #0560df43
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #5ebc6d6d
 def linear_cka(
     x: Tensor,  # (n, D) one representation of n inputs
     y: Tensor,  # (n, E) another of the same inputs
@@ -45,32 +46,43 @@ def linear_cka(
     cross, first, second = (float(part) for part in parts)
     return min(1.0, max(0.0, cross / (first * second))) if first * second > 0 else 0.0
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #2c8241af
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #26d5c18f
 def ablation_effects(
-    model: nn.Module,  # model(batch)["prediction"], with blocks that have `drop_heads`
+    model: nn.Module,  # model(batch)["prediction"], with attention blocks that have num_heads and an output projection `proj`
     batch: Mapping,  # what it takes
 ) -> np.ndarray:
     """(layers, heads): the root mean square change of the prediction without a head, as a share of the predictions' own spread.
 
-    Raises: InputError for a model whose heads cannot be silenced.
+    Raises: InputError for a model without such blocks, or with blocks of different numbers of heads.
     """
-    blocks = [module for module in model.modules() if isinstance(getattr(module, "drop_heads", None), nn.Module) and hasattr(module, "num_heads")]
-    if not blocks:
-        raise InputError(f"model: {type(model).__name__} has no attention block with drop_heads, expected MHSA or SCMHSA blocks; heads of folded attention cannot be silenced")
+    blocks = [module for module in model.modules() if isinstance(getattr(module, "proj", None), nn.Linear) and isinstance(getattr(module, "num_heads", None), int) and module.proj.in_features % module.num_heads == 0]
+    if len({block.num_heads for block in blocks}) != 1:
+        raise InputError(f"model: {type(model).__name__} has {len(blocks)} attention blocks with {sorted({block.num_heads for block in blocks})} heads, expected at least one block with num_heads and proj, and as many heads in all")
     effects = []
     with evaluating(model):
         whole = model(batch)["prediction"].double()
         spread = (whole - whole.mean(0)).square().mean().sqrt()
         for block in blocks:
             for head in range(block.num_heads):
-                hook = block.drop_heads.register_forward_hook(lambda module, given, out, head=head: out.index_fill(1, torch.tensor([head], device=out.device), 0.0))
-                try:
+                with _silenced(block, head):
                     effects.append(float((model(batch)["prediction"].double() - whole).square().mean().sqrt() / spread.clamp_min(1e-30)))
-                finally:
-                    hook.remove()
     return np.array(effects).reshape(len(blocks), -1)
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #2b33b4e2
+
+@contextmanager
+def _silenced(block, head):
+    "Inside, this head gives nothing to the output projection."
+    def without(module, given):
+        heads = given[0].unflatten(-1, (block.num_heads, -1))
+        return heads.index_fill(-2, torch.tensor([head], device=heads.device), 0.0).flatten(-2)
+
+    hook = block.proj.register_forward_pre_hook(without)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #a4cbf334
 DEAD = 0.02  # of the layer's median head
 TWIN_CKA, TWIN_NATS = 0.98, 0.005  # at least this similar, attention at most this far apart
 
@@ -169,7 +181,7 @@ class HeadTSNE(Diagnosis):
 def _named(heads):
     return ", ".join(f"layer {layer} head {head}" for layer, head in heads[:6]) + (f" and {len(heads) - 6} more" if len(heads) > 6 else "")
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #6e0f352e
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #7b07fc2f
 def head_tsne(
     heads: Tensor | Sequence[Tensor],  # head outputs before the output projection, (B,H,T,head_dim), or a list over layers
     *,

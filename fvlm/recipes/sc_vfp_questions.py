@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUESTION_ARMS', 'DATA_SETS', 'READ_OUTS', 'SharedKeyValueAttention', 'QuestionRecipe', 'question_config',
-           'question_model', 'question_base', 'WindowsOfClips', 'drawn_clips', 'with_clip_share', 'long_windows',
-           'rolled', 'AheadTraining']
+           'question_model', 'WithRidge', 'question_base', 'WindowsOfClips', 'drawn_clips', 'with_clip_share',
+           'long_windows', 'rolled', 'AheadTraining']
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #fac986f0
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #750ada1d
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..training.embedding_splits import EmbeddingSplits, JoinedWindows
 from ..training.recipes import ARMS, EncoderChoice, ModelSize, SCVFPRecipe, model_config, sc_vfp
 from ..training.steps import TrainConfig
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #ffa96721
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #9cd99e0b
 class SharedKeyValueAttention(nn.Module):
     """Full-width heads with one key and one value projection between them: (B, T, D) -> the same shape.
 
@@ -59,7 +59,7 @@ class SharedKeyValueAttention(nn.Module):
         heads = attention.to(value.dtype) @ value
         return self.proj(heads.transpose(1, 2).flatten(2)), {"attention": attention, "heads": heads}
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #8e5498c2
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #528aa7d0
 QUESTION_ARMS = {
     **{name: ARMS[name][0] for name in ("mhsa_chunked", "mhsa", "mhsa_wide", "scmhsa", "scmhsa_folded", "hybrid")},
     "rank2": "SCMHSA with heads twice as wide as ordinary ones",
@@ -67,6 +67,7 @@ QUESTION_ARMS = {
     "shared_kv": "full-width heads that share their keys and values",
     "mhsa_on_ridge": "ordinary attention that begins as ridge and learns what ridge leaves over",
     "scmhsa_on_ridge": "full-width heads that begin as ridge and learn what ridge leaves over",
+    "scmhsa_with_ridge": "full-width heads, trained alone; their prediction and ridge's are averaged with the weight that fits the validation clips",
 }
 
 
@@ -91,13 +92,13 @@ class QuestionRecipe:
         if self.trained_ahead > 1 and self.similarity_weight > 0:
             raise ConfigError(f"similarity_weight: got {self.similarity_weight} with trained_ahead={self.trained_ahead}, expected 0: the loss over several frames has no similarity term")
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #ab27a756
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #9b894070
 def question_config(
     recipe: QuestionRecipe,  # arm, similarity and size
     embed_dim: int,  # D of the encoder
 ) -> SCVFPConfig:
     "The model's configuration; of `shared_kv` it is the one of `scmhsa`, into which `question_model` puts the other block."
-    plain = recipe.arm.removesuffix("_on_ridge")
+    plain = recipe.arm.removesuffix("_on_ridge").removesuffix("_with_ridge")
     config = model_config(replace(recipe.base, arm=plain if plain in ARMS else "scmhsa"), embed_dim)
     changed = dict(similarity_weight=recipe.similarity_weight, similarity_kind=recipe.similarity_kind)
     if recipe.arm in ("rank2", "rank4"):
@@ -126,10 +127,53 @@ def question_model(
         start_from_ridge(model, ridge).skip.requires_grad_(False)
     return model
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #da73d274
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #abcb86fb
+class WithRidge(nn.Module):
+    "A network's prediction and ridge's, averaged."
+
+    def __init__(
+        self,
+        model: SCVFP,  # trained
+        ridge: RidgeRegression,  # fitted on the same windows
+        weight: float,  # of the network, 0..1
+    ):
+        super().__init__()
+        self.model, self.ridge, self.weight = model, ridge, check_range("weight", weight, 0, 1)
+
+    @classmethod
+    @torch.no_grad()
+    def fitted(
+        cls,
+        model: SCVFP,  # trained
+        ridge: RidgeRegression,  # fitted on the same windows
+        context: Tensor,  # (n, M, D) of validation windows
+        target: Tensor,  # (n, D)
+    ) -> "WithRidge":
+        "With the weight of least squared error on these windows."
+        base, apart, misses = ridge({"embeddings": context})["prediction"], [], []
+        for part, first, truth in zip(context.split(1024), base.split(1024), target.split(1024)):
+            step = model({"embeddings": part})["prediction"] - first
+            apart.append(step.double().square().sum()), misses.append((step.double() * (truth - first)).sum())
+        size = float(sum(apart))
+        return cls(model, ridge, min(1.0, max(0.0, float(sum(misses)) / size)) if size > 0 else 0.0)
+
+    @property
+    def num_parameters(self) -> int:
+        "The network's and ridge's."
+        return sum(p.numel() for p in self.model.parameters()) + self.ridge.num_parameters
+
+    def forward(
+        self,
+        batch: dict,  # "embeddings": (B, M, D)
+    ) -> dict:
+        "prediction (B, D)."
+        first = self.ridge(batch)["prediction"]
+        return {"prediction": first + self.weight * (self.model(batch)["prediction"] - first)}
+
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #8326a8e1
 DATA_SETS = {
     "kth": "KTH walking and running, split by person, windows with a person",
-    "ucf": "UCF-101, the sequences at hand, split by group as its card says, 112 px, every third window",
+    "ucf": "UCF-101, the sequences at hand, split by group, frames eight apart, 112 px, every third window",
     "worlds": "generated worlds: bouncing digits and sprites, split by clip",
 }
 READ_OUTS = {"patches": EncoderChoice(), "cls": EncoderChoice(layer=None, pooling="cls")}
@@ -151,10 +195,10 @@ def question_base(
     if data == "ucf":
         root = shared_data()
         place = (Path("videos") if root is None else root / "videos") / "ucf101"
-        base = replace(base, videos=str(place), card="ucf101", protocol="by_group", step=3, encoder=replace(encoder, image_size=112))
+        base = replace(base, videos=str(place), group=r"(v_[A-Za-z]+_g\d+)", gap=8, step=3, encoder=replace(encoder, image_size=112))
     return base
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #f39bb663
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #69ffaa9f
 class WindowsOfClips(Dataset):
     "The training windows of some of the clips; reads like the windows it was taken from."
 
@@ -223,7 +267,7 @@ def with_clip_share(
     chosen = drawn_clips(len(splits.clips["train"]), share, seed)
     return replace(splits, train=WindowsOfClips(splits.train, chosen), clips={**splits.clips, "train": [splits.clips["train"][i] for i in chosen]})
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #80979e9a
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #27c974b6
 def long_windows(
     splits: EmbeddingSplits,  # the clips and their standardiser
     side: str,  # "train", "val" or "test"

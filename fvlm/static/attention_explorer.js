@@ -242,7 +242,7 @@ class View {
     this.live = tag("p", { className: "fx-live", "data-role": "live", "aria-live": "polite" });
     const bar = this.buildControls();
     this.root.append(
-      tag("div", { className: "fx-top" }, tag("strong", { className: "fx-title" }, about.title), this.where), this.error,
+      tag("div", { className: "fx-top" }, tag("strong", { className: "fx-title", role: "heading", "aria-level": about.heading }, about.title), this.where), this.error,
       tag("div", { className: this.panels.length === 1 && !this.panels[0].time ? "fx-body fx-one" : "fx-body" },
         tag("div", { className: "fx-panels" }, ...this.panels.map((panel) => panel.figure)), tag("div", { className: "fx-side" }, this.readout, bar, this.notice, this.live)),
       tag("p", { className: "fx-keys" }, tag("i", { className: "fx-key fx-key-query" }), this.lead.queries.kind === "tokens" ? "chosen patch   " : "query   ", ...(this.panels[0].time ? [] : [tag("i", { className: "fx-key fx-key-centre" }), "centre of mass   ", tag("i", { className: "fx-key fx-key-peak" }, "×"), "strongest   "]), tag("span", {}, about.help)));

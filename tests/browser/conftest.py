@@ -27,7 +27,7 @@ def tour(context, lab):
     page = Page(context, lab)
     page.open("tour.ipynb")
     page.run_all()
-    page.page.wait_for_function("n => document.querySelectorAll('.fvlm-explorer[data-ready=true]').length === n", arg=len(EXPLORERS), timeout=60_000)
+    page.page.wait_for_function("n => document.querySelectorAll('.fvlm-explorer[data-ready=true]').length === n", arg=len(EXPLORERS), timeout=180_000)
     page.page.wait_for_selector(".fvlm-scrubber[data-ready=true]")
     page.page.wait_for_selector(".fvlm-linked[data-ready=true]")
     page.problems = page.errors()

@@ -18,7 +18,7 @@ QUIET = (
     "--disable-extensions", "--mute-audio", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # whatever is not this machine is not found
 )
 HOW_TO_GET_ONE = "install Chromium (Debian, Ubuntu: apt-get install chromium) or name one: FVLM_CHROMIUM=/path/to/chrome"
-START_SECONDS = 90
+START_SECONDS = 180
 
 # Nothing but this machine is asked, and nothing pops up over the page.
 SETTINGS = {
@@ -125,7 +125,7 @@ class Page:
 
     def __init__(self, context, lab):
         self.context, self.lab, self.page = context, lab, context.new_page()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(60_000)
         self.console, self.requests, self.sent = [], [], []
         self.page.on("console", lambda message: self.console.append((message.type, message.text)))
         self.page.on("pageerror", lambda error: self.console.append(("error", str(error))))
@@ -139,19 +139,19 @@ class Page:
 
     def ready(self):
         "Waits until Lab shows a notebook with a kernel at rest."
-        self.page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells && window.jupyterapp.shell.currentWidget.context.isReady", timeout=90_000)
-        self.page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=90_000)
+        self.page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells && window.jupyterapp.shell.currentWidget.context.isReady", timeout=240_000)
+        self.page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=240_000)
 
     def execute(self, command, seconds=60, **arguments):
         "Runs a command of JupyterLab, as a menu would, to its end."
         if not self.page.evaluate(EXECUTE, [command, arguments, seconds]):
             raise TimeoutError(f"{command} took more than {seconds} s")
 
-    def run_all(self, seconds=120):
+    def run_all(self, seconds=300):
         "Runs every cell from top to bottom and waits for the last one."
         self.execute("notebook:run-all-cells", seconds)
 
-    def run_cell(self, index, seconds=60):
+    def run_cell(self, index, seconds=120):
         "Runs one cell and waits; what it printed."
         self.page.evaluate("i => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = i; }", index)
         self.execute("notebook:run-cell", seconds)
@@ -166,7 +166,7 @@ class Page:
         "Whether a cell runs. The kernel's own status would not do: it says idle after every message of a widget, which it hears between two steps."
         return self.page.evaluate(RUNNING, index)
 
-    def ask(self, source, seconds=60):
+    def ask(self, source, seconds=120):
         "What a new last cell with this code prints: a question to the kernel, as a reader would put it."
         index = self.page.evaluate("""s => { const n = window.jupyterapp.shell.currentWidget.content.model;
             n.sharedModel.insertCell(n.cells.length, {cell_type: 'code', source: s}); return n.cells.length - 1; }""", source)
@@ -199,6 +199,7 @@ class Page:
         self.execute("apputils:change-theme", theme=name)
         self.page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg="true" if "Light" in name else "false")
 
-    def shut_down(self):
-        "Ends the notebook's kernel, so that the next one has the memory and the cores."
-        self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    def close(self):
+        "Closes the page and ends its kernel, so that the next one has the memory and the cores."
+        self.page.evaluate("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.shutdown()")
+        self.page.close()

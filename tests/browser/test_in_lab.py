@@ -60,17 +60,16 @@ def run_notebook(context, lab, name, seconds):
         page.run_all(seconds)
         page.page.wait_for_timeout(500)
         found, code = page.errors(), page.outputs()
-        page.shut_down()
         assert not found, "\n".join(found)
         assert not page.outside(), page.outside()
         assert all(cell["count"] for cell in code if cell["source"].strip()), "a cell did not run"
     finally:
-        page.page.close()
+        page.close()
 
 
 @pytest.mark.parametrize("name", QUICK_NOTEBOOKS)
 def test_01_a_notebook_runs_from_top_to_bottom(context, lab, name):
-    run_notebook(context, lab, name, 120)
+    run_notebook(context, lab, name, 300)
 
 
 @pytest.mark.slow
@@ -201,7 +200,7 @@ def test_07_scrubbing_changes_the_picture(tour, explorer):
     w.choose(opacity=0)
     for frame in range(8):
         w.choose(frame=frame)
-        pictures.add(w.heat("patch to patch").screenshot())
+        pictures.add(w.heat("patch to patch").evaluate("canvas => new Promise(done => requestAnimationFrame(() => setTimeout(() => done(canvas.toDataURL()))))"))
         assert w.state()["frame"] == frame
     w.choose(opacity=0.65)
     assert len(pictures) == 8
@@ -267,7 +266,7 @@ def test_08_different_grids_show_one_place(explorer):
 
 def test_09_it_answers_while_the_kernel_is_busy(tour, explorer):
     w = explorer("vit")
-    tour.ask("tired = 10")
+    tour.ask("tired = 60")
     tour.start_cell(PLACES["busy"])
     spent = w.milliseconds(lambda: [w.click("patch to patch", cell) for cell in range(5, 60, 9)])
     assert w.state()["query"] == 59 and "row 8, column 4" in w.part("live").inner_text()
@@ -277,10 +276,8 @@ def test_09_it_answers_while_the_kernel_is_busy(tour, explorer):
     assert tour.running(PLACES["busy"]), "the kernel was not busy any more: nothing was tested"
     print(f"kernel busy: p95 {p95(spent):.1f} ms a click, {p95(scrubbed):.1f} ms a scrub")
     assert p95(spent) <= 200 and p95(scrubbed) <= 200
-    tour.execute("notebook:interrupt-kernel")
+    (tour.lab.root / "rested").touch()
     assert kernel(tour, "[w.query, w.frame]") == [59, 5]
-    tour.ask("tired = 0")
-    tour.run_cell(PLACES["busy"])
 
 
 # --- 10 and 11: reload, and nothing live -----------------------------------------------------------------------------
@@ -295,7 +292,7 @@ def test_10_a_reload_keeps_the_choice(tour, explorer):
     tour.execute("docmanager:save")
     tour.page.reload(wait_until="domcontentloaded")
     tour.ready()
-    tour.page.wait_for_function("() => document.querySelectorAll('.fvlm-explorer[data-ready=true]').length === 6", timeout=60_000)
+    tour.page.wait_for_function("() => document.querySelectorAll('.fvlm-explorer[data-ready=true]').length === 6", timeout=180_000)
     after = Explorer(tour.page, "vit").state()
     assert after == before and (after["query"], after["layer"], after["head"], after["frame"]) == (33, 2, 1, 6) and after["temperature"] == pytest.approx(0.5)
     tour.page.wait_for_selector(".fvlm-scrubber[data-ready=true]")
@@ -330,11 +327,11 @@ def test_11_lab_shows_pictures_where_nothing_is_live(context, lab, saved):
     page = Page(context, lab)
     try:
         page.page.goto(f"{lab.url}/doc/tree/cold.ipynb?reset", wait_until="domcontentloaded")
-        page.page.wait_for_function("n => document.querySelectorAll('.jp-Notebook .jp-RenderedImage img').length >= n", arg=len(saved.cells), timeout=60_000)
+        page.page.wait_for_function("n => document.querySelectorAll('.jp-Notebook .jp-RenderedImage img').length >= n", arg=len(saved.cells), timeout=180_000)
         shown = page.page.evaluate("() => [...document.querySelectorAll('.jp-Notebook .jp-Cell')].filter(c => [...c.querySelectorAll('img')].some(i => i.naturalWidth > 100 && i.getBoundingClientRect().height > 50)).length")
         assert shown == len(saved.cells) and not page.page.locator(".fvlm-explorer").count()
     finally:
-        page.page.close()
+        page.close()
 
 
 # --- 12: saved -------------------------------------------------------------------------------------------------------

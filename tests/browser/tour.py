@@ -61,7 +61,13 @@ raw = torch.stack(seen[:3]).numpy()  # (layers, frames, heads, 65, 65), what the
 v = LinkedView.from_outputs({"attention": seen[:3]}, frames, grid=(8, 8), prefix=1, query=0, title='Heads of a small vision transformer')
 v
 """,
-    "busy": "import time\nif globals().get('tired'):\n    time.sleep(tired)",
+    "busy": """
+import time
+from pathlib import Path
+end = time.monotonic() + globals().get("tired", 0)
+while time.monotonic() < end and not Path("rested").exists():
+    time.sleep(0.02)
+""",
 }
 PLACES = {name: index for index, name in enumerate(CELLS)}  # of the cells
 EXPLORERS = {"vit": 0, "again": 1, "fvlm": 2, "sc_vfp": 3, "grids": 4, "big": 5}  # in the order of the page
