@@ -48,7 +48,7 @@ def main() -> Table:
     "Wall times of a real page, each beside its bar; there is nothing to run without a Chromium."
     from tests.browser.explorer import Explorer
     from tests.browser.lab import HOW_TO_GET_ONE, QUIET, Lab, Page, find_chromium
-    from tests.browser.tour import CELLS, PLACES
+    from tests.browser.tour import CELLS, EXPLORERS, PLACES
 
     table, path, folder = Table("explorer"), find_chromium(), Path(tempfile.mkdtemp(prefix="fvlm-lab-"))
     if path is None:
@@ -65,7 +65,7 @@ def main() -> Table:
             page = Page(playwright.chromium.launch(executable_path=path, args=list(QUIET)).new_context(viewport={"width": 1400, "height": 1000}), lab)
             page.open(lab.write("tour.ipynb", *CELLS.values()))
             page.run_all(300)
-            page.page.wait_for_function("n => document.querySelectorAll('.fvlm-explorer[data-ready=true]').length === n", arg=6, timeout=120_000)
+            page.page.wait_for_function("n => document.querySelectorAll('.fvlm-explorer[data-ready=true]').length === n", arg=len(EXPLORERS), timeout=240_000)
             vit, big = Explorer(page.page, "vit"), Explorer(page.page, "big")
             bar("12 layers, 12 heads, 8 frames of 16x16: attention before the first touch", big.root.evaluate("root => root.explorer.bytes") / 1e6, 10, "MB")
             bar("a cell is run to its canvas is drawn", page.page.evaluate(APPEARS, PLACES["grids"]) / 1e3, 5, "s")

@@ -90,7 +90,7 @@ def test_chunks_are_sent_when_asked_for_and_errors_become_sentences():
     assert np.allclose(np.exp(np.frombuffer(sent[0][1][0], np.float16).astype(float)), 1 / 256, rtol=4e-3)
     explorer._handle_custom_msg({"want": [[0, 1, 0]]}, [])
     explorer._handle_custom_msg({"want": [[0, 2, 0]]}, [])
-    assert sent[2][0]["kind"] == sent[3][0]["kind"] == "error"
+    assert [(content["kind"], content["name"]) for content, _ in sent[2:]] == [("error", "0:1:0"), ("error", "0:2:0")]
     assert "'large', layer 2, frame 1: a row sums to 25.6, expected 1" in sent[2][0]["text"] and sent[3][0]["text"] == "OSError: the disk is gone"
 
 

@@ -1,5 +1,4 @@
 """The page of a run: every kind of run, what is not here is said, wrong names are one sentence, no request leaves the page."""
-import json
 import re
 from dataclasses import replace
 
@@ -39,7 +38,7 @@ def pages():
 def test_an_examples_page_is_whole_and_needs_no_network(name, pages, tmp_path):
     page = pages[name].save(tmp_path / "page.html", quiet=True).read_text(encoding="utf-8")
     assert page.count("<iframe") == 1 and "[attention explorer" not in page and len(page) < 2_000_000
-    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page) and "cdn" not in page.lower()
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page)
     facts = example_facts(name)
     rows = {row[0]: row for row in table_of(pages[name], "predictor")}
     assert set(rows) == {name, "mean", "ridge", "linear", *(["coarse pass"] if name == "fvlm" else []), "copy last"}
@@ -246,7 +245,3 @@ def test_the_command_is_wrong_in_one_line(words, said, command, capsys, tmp_path
     assert command(*words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
-
-
-def test_json_of_the_package_is_not_written_by_the_page(pages):
-    assert json.loads(json.dumps(example_facts("fvlm")))["name"] == "fvlm"

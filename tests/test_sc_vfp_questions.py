@@ -12,9 +12,10 @@ from fvlm.core import ConfigError, InputError
 from fvlm.evidence.experiment import fitted_baseline, judge
 from fvlm.evidence.sc_vfp_cells import AHEAD, HEAD_STATISTICS, compared, errors_ahead, head_statistics, question_table, run_questions
 from fvlm.models.baselines import CopyLast
+from fvlm.objectives.attention_statistics import head_cosine
 from fvlm.recipes.sc_vfp_questions import (
     QUESTION_ARMS, AheadTraining, QuestionRecipe, SharedKeyValueAttention, WindowsOfClips, drawn_clips, long_windows, question_base, question_config,
-    question_model, rolled, with_clip_share)
+    WithRidge, question_model, rolled, with_clip_share)
 from fvlm.training.embedding_splits import EmbeddedClip, make_splits
 from fvlm.training.records import read_records
 
@@ -37,12 +38,27 @@ def test_every_arm_is_built_predicts_and_trains(arm, splits):
     model = question_model(QuestionRecipe(base=base(), arm=arm), 16, 0, ridge)
     batch = splits.train.batch(range(8))
     out = model.eval()(batch)["prediction"]
-    if ridge is not None:
+    if arm.endswith("on_ridge"):
         torch.testing.assert_close(out, ridge(batch)["prediction"])
         assert not model.skip.weight.requires_grad
     model.loss(model(batch), batch)["loss"].backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder.parameters()) or model.config.predict == "residual"
     assert out.shape == (8, 16)
+
+
+def test_with_ridge_is_no_worse_than_either_on_the_clips_its_weight_was_fitted_on(splits):
+    ridge, model = fitted_baseline("ridge", splits), question_model(QuestionRecipe(base=base()), 16, 3).eval()
+    with torch.no_grad():
+        model.mlp[-1].weight.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    context, target = splits.val.context, splits.val.targets
+    mixed = WithRidge.fitted(model, ridge, context, target)
+    error = lambda p: float((p({"embeddings": context})["prediction"].detach() - target).square().mean())
+    grid = [error(WithRidge(model, ridge, w)) for w in np.linspace(0, 1, 21)]
+    assert error(mixed) <= min(grid) + 1e-6 and 0 <= mixed.weight <= 1
+    assert mixed.num_parameters == model.num_parameters + ridge.num_parameters
+    torch.testing.assert_close(WithRidge(model, ridge, 0.0)({"embeddings": context})["prediction"], ridge({"embeddings": context})["prediction"])
+    with pytest.raises(ConfigError, match="weight"):
+        WithRidge(model, ridge, 1.5)
 
 
 def test_an_arm_on_ridge_wants_the_ridge():
@@ -131,9 +147,14 @@ def test_the_statistics_of_heads_are_all_there_whatever_the_weight_of_the_loss(s
     found = head_statistics(model, splits.test.context[:20])
     assert set(found) == set(HEAD_STATISTICS) and all(np.isfinite(v) for v in found.values())
     assert 0 <= found["head_divergence"] <= np.log(2) and 0 <= found["head_cosine_squared"] <= 1 and found["attention_entropy"] <= np.log(5) + 1e-5
-    attention = model.encoder.blocks[1].attention
-    x = model.encoder.blocks[1].norm1(model({"embeddings": splits.test.context[:20]})["hidden"][0])
-    torch.testing.assert_close(attention.contributions(x).sum(1) + attention.proj.bias, attention(x), rtol=1e-4, atol=1e-5)
+    context, alike = splits.test.context[:20], []
+    hidden = [model.encoder.embed(context) + model.encoder.positions, *model({"embeddings": context})["hidden"]]
+    for block, x in zip(model.encoder.blocks, hidden):
+        x = block.norm1(x)
+        torch.testing.assert_close(block.attention.contributions(x).sum(1) + block.attention.proj.bias, block.attention(x), rtol=1e-4, atol=1e-5)
+        table = head_cosine(block.attention.contributions(x), squared=True)
+        alike.append(float(table[torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)].mean()))
+    assert found["contribution_cosine_squared"] == pytest.approx(np.mean(alike), rel=1e-5)
 
 
 def test_post_norm_blocks_are_read_as_they_are(splits):
@@ -149,7 +170,7 @@ def test_post_norm_blocks_are_read_as_they_are(splits):
 
 def settings_for(b, **more):
     return {"half": {arm: QuestionRecipe(base=b, arm=arm, clip_share=0.5) for arm in ("mhsa", "scmhsa")},
-            "all": {"mhsa": QuestionRecipe(base=b, arm="mhsa"), "scmhsa_ahead3": QuestionRecipe(base=b, trained_ahead=3), "scmhsa_on_ridge": QuestionRecipe(base=b, arm="scmhsa_on_ridge"), **more}}
+            "all": {"mhsa": QuestionRecipe(base=b, arm="mhsa"), "scmhsa_ahead3": QuestionRecipe(base=b, trained_ahead=3), "scmhsa_on_ridge": QuestionRecipe(base=b, arm="scmhsa_on_ridge"), "scmhsa_with_ridge": QuestionRecipe(base=b, arm="scmhsa_with_ridge"), **more}}
 
 
 def test_a_grid_can_be_stopped_shared_and_resumed_and_refuses_another_recipe(splits, tmp_path):
@@ -161,7 +182,7 @@ def test_a_grid_can_be_stopped_shared_and_resumed_and_refuses_another_recipe(spl
 
     settings = settings_for(base())
     cells = run_questions("toy", settings, (0, 1), open_data, root=tmp_path / "whole", progress=False)
-    assert len(cells) == 2 * (4 + 2) + 4 + 2 * 3 and len(opened) == 1
+    assert len(cells) == 2 * (4 + 2) + 4 + 2 * 4 and len(opened) == 1
     assert cells.index("all--mhsa--seed0") < cells.index("half--mhsa--seed1"), "seed by seed"
     assert run_questions("toy", settings, (0, 1), open_data, root=tmp_path / "whole", progress=False) == []
     halves = [run_questions("toy", settings, (0, 1), open_data, root=tmp_path / "shared", shard=(k, 2), progress=False) for k in (0, 1)]

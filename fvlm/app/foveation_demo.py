@@ -6,7 +6,7 @@
 __all__ = ['SIDES', 'demo_recipe', 'codec_at_hand', 'probed', 'HeadRow', 'states_of', 'compared_heads', 'FoveationDemo',
            'run_foveation_demo', 'foveation_report', 'fvlm_part', 'videos_of', 'plain_results']
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #b2465abe
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #19e24109
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from ..evidence.foveation_protocol import RATIOS, Protocol, foveation_protocol, 
 from ..evidence.headroom import VIEWS, Headroom, headroom, views_of
 from ..evidence.query_swaps import foveation_value, mask_weights
 from ..files import write_json
+from ..instruments.checkup import Checkup, foveated_checkup
 from ..models.foveated_vlm import FoveatedVLM, drawn_from
 from ..models.foveation_config import FoveationConfig
 from ..recipes.encoded_clips import FoveationClips
@@ -34,7 +35,7 @@ from ..recipes.foveated_vlm import TWINS, FoveationRecipe, Parts, load_parts, op
 from ..training.batches import evaluating
 from ..training.loop import TrainConfig
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #5c6b34ff
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #97bef996
 def demo_recipe(
     codec: str = "dct",  # of the latents
     *,
@@ -57,7 +58,7 @@ def codec_at_hand() -> str:
         return "dct"
     return "taesd"
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #c7bd81d6
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #83529809
 SIDES = {"train": 4 / 7, "val": 1 / 7, "test": 2 / 7}
 
 
@@ -75,7 +76,7 @@ def probed(
     views = views_of(stacked("patches"), cls=stacked("cls"), location=mask_weights(masks, grid))
     return headroom(views, stacked("latents"), split, beside=stacked("latents"))
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #433f0ac9
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #d048635f
 @dataclass(frozen=True, kw_only=True)
 class HeadRow:
     "One head on the states of one twin."
@@ -140,7 +141,7 @@ def compared_heads(
         rows.append(HeadRow(head=name, parameters=sum(p.numel() for p in head.parameters()), width=chosen, error=error, authority=found.score))
     return rows
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #f2357dba
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #f8eda767
 @dataclass(frozen=True, kw_only=True)
 class FoveationDemo:
     "What the demo found."
@@ -151,6 +152,7 @@ class FoveationDemo:
     protocol: Protocol  # R0 to R3
     heads: list[HeadRow]  # every head
     gazes: list[Gaze]  # at real clips
+    checkup: Checkup  # the instruments, on the first fine twin and held-out clips
     left_out: list[tuple[str, str]]  # (file, reason) of clips that could not be looked at
     names: dict[str, list[str]]  # side -> clips
     fingerprint: str  # of the test clips
@@ -205,10 +207,12 @@ def run_foveation_demo(
     if not gazes:
         raise InputError(f"videos: none of {len(videos)} could be looked at" + (f": {left_out[0][1]}" if left_out else ""))
     done("looking at real clips")
-    return FoveationDemo(recipe=recipe, parts=parts, headroom=room, protocol=protocol, heads=rows, gazes=gazes, left_out=left_out, seconds=seconds,
+    checkup = foveated_checkup(first, sides["test"], most=8)
+    done("instruments")
+    return FoveationDemo(recipe=recipe, parts=parts, headroom=room, protocol=protocol, heads=rows, gazes=gazes, checkup=checkup, left_out=left_out, seconds=seconds,
                          names={side: clips.names for side, clips in sides.items()}, fingerprint=sides["test"].fingerprint)
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #8a4e98f9
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #29432ed1
 def foveation_report(
     run: FoveationDemo,  # what was found
 ) -> Report:
@@ -254,6 +258,7 @@ def foveation_report(
                  [Column(key="head"), Column(key="parameters", format=",.0f"), Column(key="authority", label="spatial authority", hint="0 everything at once, 1 one region alone", format=".2f", best="max", bar=True),
                   Column(key="error", label="error", hint="trained alone for a moment", format=".4f", best="min")],
                  caption=f"Every head at FiLM's parameter count, trained for the same few steps on the states of one fine twin; copy-last is at {copied:.4f}. Authority: how much of the answer to a change of state can fall on the middle quarter of the picture, beyond that quarter's share.")
+    run.checkup.onto(report, title="The fine twin under the instruments", text=f"After {run.recipe.training.steps} steps, on a few held-out clips: what the instruments say of a model that has hardly learned yet.")
     report.note([f"{seeds} seeds of {run.recipe.training.steps} steps on {len(run.names['train'])} generated clips decide nothing about foveation. The verdicts above are what the fixed rules say of these numbers, not what is true of the idea.",
                  "R0 compares a trained path with one that no loss was ever applied to. Ratios published that way say that training helps.",
                  f"The vision weights are {run.parts.encoder.name}: if that is dinov2_small_saliency, a DINOv2-S fine-tuned for saliency. The language model is frozen here, and its attention over six frames is short.",
@@ -274,7 +279,7 @@ def _sentence(protocol: Protocol) -> str:
 def _said(room: Headroom) -> str:
     return str(room)[0].upper() + str(room)[1:] + "."
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #dc695ebc
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #9a92711d
 def fvlm_part(
     options,  # a DemoCommand
 ) -> int:
@@ -326,5 +331,5 @@ def plain_results(
         errors_from_frame_3={**{name: by_frame(errors.of(name)) for name in ("fine", "coarse", "joint_fine", "joint_coarse", "untrained_coarse", *errors.swapped)},
                              **{name: by_frame(values) for name, values in errors.trivial.items()}},
         heads=[vars(row) for row in run.heads], gaze={g.clip.path.name: dict(frames=g.clip.indices, patches=g.fine.shape[1], coarse=rounded(g.patches("coarse")), fine=rounded(g.patches("fine"))) for g in run.gazes},
-        seeds=len(errors.fine), steps=run.recipe.training.steps, clips={side: len(names) for side, names in run.names.items()}, encoder=run.parts.encoder.fingerprint,
+        instruments=dict(failures=list(run.checkup.verdict().failures), verdicts={name: str(part.verdict()) for name, part in run.checkup.parts.items()}), seeds=len(errors.fine), steps=run.recipe.training.steps, clips={side: len(names) for side, names in run.names.items()}, encoder=run.parts.encoder.fingerprint,
         language_model=run.parts.language_model.fingerprint, codec=run.parts.codec.fingerprint, test_clips=run.fingerprint, set_aside=[list(row) for row in run.left_out], seconds=run.seconds)

@@ -6,7 +6,7 @@
 __all__ = ['QUANTIZER_ARMS', 'RIVAL_ARMS', 'PREDICTOR_ARMS', 'FrameArm', 'quantized_by', 'encoded_with', 'predicted_with',
            'joint_by', 'parameters_of', 'of_equal_size', 'stage_name', 'stored_stage']
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #4123ba50
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #988fdfba
 import hashlib
 import json
 import shutil
@@ -22,7 +22,7 @@ from ..models.s_hr_vqvae import SHRVQVAE, SHRVQVAEConfig
 from ..recipes.frame_prediction import FramePredictionRecipe, FrameSplits
 from ..recipes.frame_stages import STAGES, FinishedStage, run_stage, stage_settings
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #2a1e7d9d
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #191ad5c4
 @dataclass(frozen=True, kw_only=True)
 class FrameArm:
     "One arm of a study."
@@ -60,7 +60,7 @@ def joint_by(
     "A change: what the picture counts in the joint stage."
     return lambda recipe: replace(recipe, joint_weight=weight)
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #d4c37bd8
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #a02ccc7a
 def parameters_of(
     recipe: FramePredictionRecipe,  # any
     stage: str,  # one of STAGES or RIVALS
@@ -87,7 +87,7 @@ def of_equal_size(
 
     return change
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #0b6072af
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #06dad2a7
 QUANTIZER_ARMS = {
     "tree": FrameArm(what="a book for every path", stage="frames", change=quantized_by("tree")),
     "flat": FrameArm(what="residual VQ, one book a level", stage="frames", change=quantized_by("flat")),
@@ -116,7 +116,7 @@ PREDICTOR_ARMS = {
     "single_codes": FrameArm(what="disjoint on plain VQ", stage="codes", change=quantized_by("single")),
 }
 
-# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #b00bcc05
+# %% ../../nbs/99_frame_app/101_frame_arms.ipynb #ea760517
 def stage_name(
     recipe: FramePredictionRecipe,  # of the arm
     stage: str,  # one of STAGES or RIVALS

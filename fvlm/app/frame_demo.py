@@ -6,7 +6,7 @@
 __all__ = ['TRIVIAL', 'ROWS', 'frame_demo_recipe', 'FrameDemo', 'run_frame_demo', 'code_picture', 'as_picture', 'levels_of',
            'futures_of', 'said', 'frame_report', 's_hr_vqvae_part', 'plain_rows', 'plain_results']
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #77257850
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #6d198dbe
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from ..recipes.frame_prediction import FramePredictionRecipe, FrameSplits, Predi
 from ..recipes.frame_stages import FinishedStage, run_stage
 from ..training.loop import TrainConfig
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #323653a8
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #fefa1e5b
 def frame_demo_recipe(
     steps: int = 400,  # optimiser steps of the predictor; the quantiser gets half as many
 ) -> FramePredictionRecipe:
@@ -45,7 +45,7 @@ def frame_demo_recipe(
         predictor=PredictorSize(channels=32, depth=3, attention_every=3, num_heads=4, attention_frames=3),
         frames_training=training(max(1, steps // 2), 32), codes_training=training(steps, 8))
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #39dfe4c0
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #fe47a867
 @dataclass(frozen=True, kw_only=True)
 class FrameDemo:
     "What the demo found."
@@ -96,7 +96,7 @@ def run_frame_demo(
     done("judging")
     return FrameDemo(recipe=recipe, clips=clips, stages=stages, result=result, usage=quantizer.usage(codes), by_level=by_level, seconds=seconds)
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #80ae320c
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #d3ffc9c1
 def code_picture(
     codes: Tensor,  # (h, w) whole numbers, one level of one frame
     num_codes: int,  # m
@@ -148,7 +148,7 @@ def futures_of(
     errors = {name: [None] * context_frames + (future - target).square().mean((0, 2, 3, 4)).tolist() for name, future in futures.items() if name != "what came"}
     return tracks, errors
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #ffa9fecb
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #f7ba0a28
 TRIVIAL = {"copy_last": "copy-last", "linear": "linear", "mean_frame": "a constant picture"}
 ROWS = {**TRIVIAL, "greedy": "codes, greedy", "one sample": "codes, one sample", "ceiling": "ceiling"}
 
@@ -229,7 +229,7 @@ def frame_report(
     return report.facts({"quantiser": str(config), "predictor": str(recipe.predictor), "stage 1": str(recipe.frames_training), "stage 2": str(recipe.codes_training), "test clips": run.clips.test.fingerprint,
                          **{f"seconds, {part}": f"{value:.0f}" for part, value in run.seconds.items()}})
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #b3b431c8
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #eede007f
 def s_hr_vqvae_part(
     options,  # a DemoCommand
 ) -> int:

@@ -7,7 +7,7 @@ __all__ = ['HR_VQVAE_DIGITS', 'ABLATIONS', 'S_HR_VQVAE_DIGITS', 'S_HR_VQVAE_KTH'
            'gigaflops_of', 'judge_predictor', 'FrameStudy', 'of_arm', 'by_seed_and_clip', 'quantizer_table',
            'future_of', 'short_digits', 'small_digits', 'judged_on']
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #b758b04e
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #9a68dd8e
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..recipes.frame_stages import FinishedStage
 from ..training.batches import evaluating
 from ..training.records import RunRecord, plain_data, read_records, write_record
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #df18d8cc
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #0da61aba
 @torch.inference_mode()
 def judge_quantizer(
     model: HRVQVAE,  # trained
@@ -67,7 +67,7 @@ def judge_quantizer(
             numbers |= {f"level{k + 1}/changes_{name}": float(flips[mask, k].mean()) for name, mask in (("moving", moved), ("still", ~moved)) if mask.any()}
     return numbers, by_clip
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #4af5dc5c
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #0f1dfda9
 class CountedPrediction(CountedOperations):
     "Counts inside `torch.inference_mode` too, where a layer arrives in one piece and has to be taken apart first."
 
@@ -117,7 +117,7 @@ def judge_predictor(
         numbers["gigaflops_a_frame"] = gigaflops_of(next(iter(rows.values())), clips.test.batch([0])["frames"], context_frames)
     return numbers | {"context_frames": context_frames, "frames_ahead": result.horizon}, by_clip
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #cc6e4c51
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #8811e932
 @dataclass(frozen=True, kw_only=True)
 class FrameStudy:
     "A grid of arms and seeds on some recipes."
@@ -208,7 +208,7 @@ class FrameStudy:
             return quantizer_table(mine)
         return future_of(mine).table() if any(record.config["stage"] == "trivial" for record in mine) else None
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #7d762051
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #946c8378
 def of_arm(
     records: list[RunRecord],  # of one setting
 ) -> dict[str, list[RunRecord]]:
@@ -280,7 +280,7 @@ def future_of(
     return FramePredictionResult(values={name: values[name] for name in ranked}, parameters={name: int(value) for name, value in facts["parameters"].items()}, bytes_per_frame=facts["bytes_a_frame"], gigaflops=gigaflops,
                                  clip_names=clips, context_frames=int(first.metrics["context_frames"]), ssim_window="uniform7")
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #b4e59ecc
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #51b4b781
 def short_digits() -> FramePredictionRecipe:
     "Moving digits at stride 8, stage 1 alone and short. Source: ours. Expected: which quantiser learns faster, not which is better in the end. Cost: half a minute a run on one core."
     base = moving_mnist_stride8()

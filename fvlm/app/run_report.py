@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDED', 'RunReport', 'beside_rivals', 'log_curves', 'example_page', 'over_time', 'sc_vfp_page', 'foveated_page',
            'record_page', 'run_report', 'ReportCommand']
 
-# %% ../../nbs/90_app/104_run_report.ipynb #36dcfeb2
+# %% ../../nbs/90_app/104_run_report.ipynb #9632157d
 import html
 import re
 import tempfile
@@ -44,7 +44,7 @@ from ..training.recipes import open_splits
 from ..training.records import RunRecord, read_records
 from ..training.saved_runs import open_run
 
-# %% ../../nbs/90_app/104_run_report.ipynb #34fb65c6
+# %% ../../nbs/90_app/104_run_report.ipynb #091678ad
 EMBEDDED = 6_000_000  # bytes of an explorer's page that may go into a report
 
 
@@ -85,7 +85,7 @@ class RunReport(Report):
             page = page.replace(f"<p>{mark}</p>", frame)
         return page
 
-# %% ../../nbs/90_app/104_run_report.ipynb #6846e66c
+# %% ../../nbs/90_app/104_run_report.ipynb #b929aded
 def beside_rivals(
     report: Report,  # where the table goes
     errors: Mapping[str, np.ndarray],  # predictor -> (clips,) or (seeds, clips) errors; the first is the model
@@ -116,7 +116,7 @@ def log_curves(
     kept = {name: line for name, line in lines.items() if name.endswith("loss") or line not in [lines.get(name.split(",")[0] + ", loss")]}
     return report.curves(kept, title="Learning", x_label="optimiser step", y_label="loss") if kept else report
 
-# %% ../../nbs/90_app/104_run_report.ipynb #d98906f7
+# %% ../../nbs/90_app/104_run_report.ipynb #4b20d381
 def example_page(
     name: str,  # one of EXAMPLES
     *,
@@ -166,7 +166,7 @@ def over_time(
     names = labels or [str(t + 1) for t in range(len(rows))]
     return AttentionExplorer(from_sc_vfp(outputs, seen=seen), video, title="Attention over time", labels=[f"{names[w[0]]} to {names[w[-1]]}" for w in seen])
 
-# %% ../../nbs/90_app/104_run_report.ipynb #da8152e0
+# %% ../../nbs/90_app/104_run_report.ipynb #fc648a60
 def sc_vfp_page(
     folder: Path,  # of `fvlm train sc_vfp`
     *,
@@ -245,9 +245,11 @@ def _foveated_findings(report: RunReport, run, sides) -> None:
     batch = {name: torch.as_tensor(x)[None] for name, x in test[0].items() if name in ("keys", "values", "patches", "cls", "text", "text_mask", "frames")}
     with evaluating(run.model):
         outputs = run.model(batch, passes="both", intermediates=True)
-    report.explorer(AttentionExplorer(from_fvlm(outputs, grid=run.model.encoder.grid), test.clips[0].read()["video"].numpy(), title=test.names[0]), caption="Coarse: one query for all frames. Fine: the query made after the frame before.")
+    explorer = AttentionExplorer(from_fvlm(outputs, grid=run.model.encoder.grid), test.clips[0].read()["video"].numpy(), title=test.names[0])
+    explorer.frame = min(first, run.recipe.frames) - 1
+    report.explorer(explorer, caption="Coarse: one query for all frames. Fine: the query made after the frame before.")
 
-# %% ../../nbs/90_app/104_run_report.ipynb #dd6ff3d4
+# %% ../../nbs/90_app/104_run_report.ipynb #db413ebd
 def record_page(
     name: str,  # STUDY/RUN, with or without its seed, or a record's file
     *,
@@ -318,7 +320,7 @@ def _series(records: list[RunRecord], pattern: str) -> dict[str, tuple[list, lis
             found.setdefault(match[1].replace("_", " "), {})[int(match[2])] = float(np.mean([record.metrics[key] for record in records]))
     return {name: (sorted(points), [points[x] for x in sorted(points)]) for name, points in found.items() if len(points) > 1}
 
-# %% ../../nbs/90_app/104_run_report.ipynb #e697996b
+# %% ../../nbs/90_app/104_run_report.ipynb #566d5d01
 def run_report(
     name: str,  # "example:NAME", a folder of `fvlm train`, STUDY/RUN, or a record's file
     *,

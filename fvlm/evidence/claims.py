@@ -6,7 +6,7 @@
 __all__ = ['VERDICTS', 'SOURCES', 'EFFECTS', 'Claim', 'load_claims', 'Ledger', 'Effect', 'inside', 'measured', 'JudgedClaim',
            'judge_claims', 'claims_table']
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #20ee4a67
+# %% ../../nbs/70_evidence/80_claims.ipynb #7af25aee
 import json
 import re
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from .statistics import Interval, paired_bootstrap
 from ..recipes.published_numbers import EXACT, maximum_that_gives, psnr_that_two_percentages_imply
 from ..training.records import RunRecord, read_records
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #d88dd67c
+# %% ../../nbs/70_evidence/80_claims.ipynb #d1474a68
 VERDICTS = ("upheld", "not upheld", "confounded", "not decided", "not run yet", "not testable here")
 SOURCES = {
     "000_2c225b8339b00e91.txt": "SC-VFP: semantic dilution in next-frame prediction (arXiv 2501.16753)",
@@ -88,7 +88,7 @@ def load_claims(
         raise InputError("claims: two of them have the same id")
     return found
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #fae306df
+# %% ../../nbs/70_evidence/80_claims.ipynb #3c7c1709
 class Ledger:
     "The records below a results folder, read once."
 
@@ -145,7 +145,7 @@ class Ledger:
             raise InputError(f"{' and '.join(run for run, _ in sides)}: saw different data; a difference between them would say nothing")
         return [np.array([[t[None if set(t) == {None} else seed][clip] for clip in clips_of] for seed in seeds]) for clips_of in clips for t in tables]
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #bb464e97
+# %% ../../nbs/70_evidence/80_claims.ipynb #fb5f42da
 @dataclass(frozen=True, kw_only=True)
 class Effect:
     "What one test found."
@@ -166,9 +166,9 @@ class Effect:
             return f"{self.label}: {shown(self.value)}"
         v = self.interval
         text = f"{self.label}: {shown(v.estimate)} [{shown(v.low)}, {shown(v.high)}]"
-        if self.verdict == "not decided":
-            text += f", detectable {shown(abs(v.detectable)).lstrip('+')}"
-        return text + (", one seed" if v.seeds == 1 else "")
+        if v.seeds == 1:
+            return text + ", one training"
+        return text + (f", detectable {shown(abs(v.detectable)).lstrip('+')}" if self.verdict == "not decided" else "")
 
 
 def inside(
@@ -182,7 +182,7 @@ def inside(
         return "upheld"
     return "not upheld" if high < bottom or low > top else "not decided"
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #4f004c04
+# %% ../../nbs/70_evidence/80_claims.ipynb #280199b1
 def measured(
     test: dict,  # of a claim
     ledger: Ledger,  # the records
@@ -205,7 +205,8 @@ def measured(
     else:
         a, b = tables[0], tables[1] if len(tables) > 1 else np.zeros_like(tables[0])
     found = paired_bootstrap(a, b, statistic="skill" if kind == "less error" else "difference")
-    return Effect(**common, value=found.estimate, interval=found, verdict=inside(found.low, found.high, test["claimed"]))
+    verdict = "not decided" if found.seeds == 1 else inside(found.low, found.high, test["claimed"])  # one training says nothing about others
+    return Effect(**common, value=found.estimate, interval=found, verdict=verdict)
 
 
 def _maximum_that_two_percentages_imply(ledger: Ledger) -> float | None:
@@ -216,7 +217,7 @@ def _maximum_that_two_percentages_imply(ledger: Ledger) -> float | None:
 
 _FACTS_OF_RECORDS: dict[str, Callable] = {"maximum_that_two_percentages_imply": _maximum_that_two_percentages_imply}
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #78ecdac8
+# %% ../../nbs/70_evidence/80_claims.ipynb #502c3df6
 @dataclass(frozen=True, kw_only=True)
 class JudgedClaim:
     "A claim and what the records say to it."
@@ -259,7 +260,7 @@ def judge_claims(
     return [JudgedClaim(claim=claim, effects=[measured(t, ledger) for t in claim.tests], controls=[measured(t, ledger) for t in claim.controls])
             for claim in (load_claims() if claims is None else claims)]
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #cd94b50c
+# %% ../../nbs/70_evidence/80_claims.ipynb #dbca2f33
 def claims_table(
     judged: list[JudgedClaim],  # from `judge_claims`
 ) -> str:

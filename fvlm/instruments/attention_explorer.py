@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EAGER_BYTES', 'STATIC', 'GREY', 'HELP', 'PAGE', 'fitting', 'jpegs', 'page', 'AttentionExplorer', 'video_of']
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #ef2b1cf8
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #56d3ad1a
 import base64
 import io
 import json
@@ -29,7 +29,7 @@ from ..files import written_whole
 from .attention_cube import AttentionCube, Cells, fixation, from_fvlm, from_sc_vfp, from_vit
 from ..show import as_frames, beside, frame_strip, heat_map_over_frame
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #0980de1d
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #44f7a72e
 EAGER_BYTES = 5_500_000  # of attention that goes along at once, and of a chunk at most: with the frames 6 MB
 STATIC = Path(str(files("fvlm").joinpath("static")))
 GREY = 1.0  # how far colour leaves the picture while a map lies over it: colour is then attention
@@ -66,7 +66,7 @@ def jpegs(
             break
     return found
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #70e7f495
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #3c0fda19
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><link rel="icon" href="data:,"><style>
 :root {{ color-scheme: light dark; }}
@@ -122,7 +122,7 @@ def page(
     return PAGE.format(title=escape(about["title"]), css=read("attention_explorer.css"), state=json.dumps(state).replace("<", "\\u003c"), attention=as_text(packed),
                        pictures=as_text(b"".join(pictures)), code=read("attention_explorer.js").replace("export default", "const explorer ="))
 
-# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #ab7c7ce0
+# %% ../../nbs/80_instruments/88_attention_explorer.ipynb #3861ac22
 def _mean(proposal) -> int:
     "A layer or head as a number; 'mean' is -1."
     return -1 if proposal["value"] == "mean" else proposal["value"]
@@ -222,8 +222,8 @@ class AttentionExplorer(anywidget.AnyWidget):
             try:
                 chunk = self.cubes[index].log_weights(layer, frame).tobytes()
             except Exception as error:  # of whoever fetches: the reader must see it, whatever it is
-                self.send({"kind": "error", "text": f"{type(error).__name__ + ': ' if not isinstance(error, InputError) else ''}{error}"})
-                return
+                self.send({"kind": "error", "name": f"{index}:{layer}:{frame}", "text": f"{type(error).__name__ + ': ' if not isinstance(error, InputError) else ''}{error}"})
+                continue
             self.send({"kind": "chunk", "name": f"{index}:{layer}:{frame}"}, buffers=[chunk])
 
     # Values that are allowed.

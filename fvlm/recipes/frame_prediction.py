@@ -7,7 +7,7 @@ __all__ = ['DATA', 'FRAME_RECIPES', 'PredictorSize', 'FramePredictionRecipe', 'm
            'kth_stride8', 'kth_40', 'worlds', 'moving_mnist_hour', 'kth_hour', 'tiny_digits', 'load_frame_recipe',
            'FrameSplits', 'open_clips']
 
-# %% ../../nbs/65_recipes/69_frame_prediction.ipynb #23c55aa4
+# %% ../../nbs/65_recipes/69_frame_prediction.ipynb #0e8fad26
 from dataclasses import dataclass, field, replace
 
 from ..core import ConfigError, InputError, check_choice, check_range, shared_data
@@ -20,7 +20,7 @@ from ..models.rivals import RIVALS
 from .frame_clips import FrameClips, WorldClips, held_videos, held_world
 from ..training.steps import TrainConfig
 
-# %% ../../nbs/65_recipes/69_frame_prediction.ipynb #f4fbff5d
+# %% ../../nbs/65_recipes/69_frame_prediction.ipynb #37185f68
 DATA = ("moving_mnist", "kth", "worlds")
 
 
@@ -94,7 +94,7 @@ class FramePredictionRecipe:
         sizes = dict(image_size=self.image_size, channels=self.channels, context_frames=self.context_frames, future_frames=self.future_frames)
         return RIVALS[check_choice("rival", name, RIVALS)][1].from_dict({**sizes, **self.rivals.get(name, {})})
 
-# %% ../../nbs/65_recipes/69_frame_prediction.ipynb #97abfabb
+# %% ../../nbs/65_recipes/69_frame_prediction.ipynb #2905a410
 def moving_mnist() -> FramePredictionRecipe:
     """Moving-MNIST 10 -> 10, tested to 20 frames ahead.
 
@@ -175,7 +175,7 @@ def load_frame_recipe(
     "The recipe of that name. Raises: ConfigError with the nearest name."
     return FRAME_RECIPES[check_choice("recipe", name, FRAME_RECIPES)]()
 
-# %% ../../nbs/65_recipes/69_frame_prediction.ipynb #ce2db384
+# %% ../../nbs/65_recipes/69_frame_prediction.ipynb #c8f2d3a1
 @dataclass(frozen=True, kw_only=True)
 class FrameSplits:
     "The sides of a recipe's data."

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'stage_training', 'stage_settings', 'FinishedStage', 'stage_data', 'finished_stage', 'run_stage',
            'steps_within', 'same_seconds']
 
-# %% ../../nbs/65_recipes/71_frame_stages.ipynb #23ce90f4
+# %% ../../nbs/65_recipes/71_frame_stages.ipynb #731d362f
 import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from ..training.checkpoints import CheckpointMismatch, config_difference, load_c
 from ..training.loop import TrainConfig, train
 from ..training.records import plain_data
 
-# %% ../../nbs/65_recipes/71_frame_stages.ipynb #c80ee6de
+# %% ../../nbs/65_recipes/71_frame_stages.ipynb #93847ca7
 STAGES = ("frames", "codes", "joint")  # quantiser, predictor, both with the decoder
 _CLIPS = ("data", "context_frames", "future_frames", "image_size", "channels", "train_clips", "val_clips", "step", "gap", "data_seed")
 _NEEDS = {
@@ -55,7 +55,7 @@ def stage_settings(
     parts = {name: getattr(recipe, name) for name in (*_CLIPS, *_NEEDS.get(check_choice("stage", stage, (*STAGES, *RIVALS)), ("rival_training",)))}
     return plain_data({"stage": stage, "seed": seed, **parts, **({stage: recipe.rival_config(stage)} if stage in RIVALS else {})})
 
-# %% ../../nbs/65_recipes/71_frame_stages.ipynb #9714d4ac
+# %% ../../nbs/65_recipes/71_frame_stages.ipynb #c43081ba
 @dataclass(frozen=True, kw_only=True)
 class FinishedStage:
     "A trained stage."
@@ -107,7 +107,7 @@ def stage_data(
         return sides
     return {side: part.with_codes(model.hr_vqvae, frames_too=stage == "joint") if isinstance(part, FrameClips) else part for side, part in sides.items()}
 
-# %% ../../nbs/65_recipes/71_frame_stages.ipynb #0f75346a
+# %% ../../nbs/65_recipes/71_frame_stages.ipynb #298875a9
 def finished_stage(
     recipe: FramePredictionRecipe,  # with which it was trained
     stage: str,  # one of STAGES or RIVALS
@@ -201,7 +201,7 @@ def _budgeted(recipe: FramePredictionRecipe, stage: str, root: Path) -> FramePre
     training = recipe.rival_training
     return replace(recipe, rival_training=replace(training, epochs=None, steps=steps, val_every=max(1, min(training.val_every or steps, steps // 4)), save_every=training.save_every and min(training.save_every, steps)))
 
-# %% ../../nbs/65_recipes/71_frame_stages.ipynb #f78930b8
+# %% ../../nbs/65_recipes/71_frame_stages.ipynb #d51cef5e
 def steps_within(
     seconds: float,  # of the processor, all threads together, > 0
     model: nn.Module,  # as it is before training; a copy is timed

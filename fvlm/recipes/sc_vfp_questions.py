@@ -7,7 +7,7 @@ __all__ = ['QUESTION_ARMS', 'DATA_SETS', 'READ_OUTS', 'SharedKeyValueAttention',
            'question_model', 'WithRidge', 'question_base', 'WindowsOfClips', 'drawn_clips', 'with_clip_share',
            'long_windows', 'rolled', 'AheadTraining']
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #750ada1d
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #5d1e1be3
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..training.embedding_splits import EmbeddingSplits, JoinedWindows
 from ..training.recipes import ARMS, EncoderChoice, ModelSize, SCVFPRecipe, model_config, sc_vfp
 from ..training.steps import TrainConfig
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #9cd99e0b
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #57280144
 class SharedKeyValueAttention(nn.Module):
     """Full-width heads with one key and one value projection between them: (B, T, D) -> the same shape.
 
@@ -59,7 +59,7 @@ class SharedKeyValueAttention(nn.Module):
         heads = attention.to(value.dtype) @ value
         return self.proj(heads.transpose(1, 2).flatten(2)), {"attention": attention, "heads": heads}
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #528aa7d0
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #35630bfc
 QUESTION_ARMS = {
     **{name: ARMS[name][0] for name in ("mhsa_chunked", "mhsa", "mhsa_wide", "scmhsa", "scmhsa_folded", "hybrid")},
     "rank2": "SCMHSA with heads twice as wide as ordinary ones",
@@ -92,7 +92,7 @@ class QuestionRecipe:
         if self.trained_ahead > 1 and self.similarity_weight > 0:
             raise ConfigError(f"similarity_weight: got {self.similarity_weight} with trained_ahead={self.trained_ahead}, expected 0: the loss over several frames has no similarity term")
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #9b894070
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #a1182df7
 def question_config(
     recipe: QuestionRecipe,  # arm, similarity and size
     embed_dim: int,  # D of the encoder
@@ -127,7 +127,7 @@ def question_model(
         start_from_ridge(model, ridge).skip.requires_grad_(False)
     return model
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #abcb86fb
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #c5c937c7
 class WithRidge(nn.Module):
     "A network's prediction and ridge's, averaged."
 
@@ -170,7 +170,7 @@ class WithRidge(nn.Module):
         first = self.ridge(batch)["prediction"]
         return {"prediction": first + self.weight * (self.model(batch)["prediction"] - first)}
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #8326a8e1
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #74777470
 DATA_SETS = {
     "kth": "KTH walking and running, split by person, windows with a person",
     "ucf": "UCF-101, the sequences at hand, split by group, frames eight apart, 112 px, every third window",
@@ -198,7 +198,7 @@ def question_base(
         base = replace(base, videos=str(place), group=r"(v_[A-Za-z]+_g\d+)", gap=8, step=3, encoder=replace(encoder, image_size=112))
     return base
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #69ffaa9f
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #8116b0f8
 class WindowsOfClips(Dataset):
     "The training windows of some of the clips; reads like the windows it was taken from."
 
@@ -267,7 +267,7 @@ def with_clip_share(
     chosen = drawn_clips(len(splits.clips["train"]), share, seed)
     return replace(splits, train=WindowsOfClips(splits.train, chosen), clips={**splits.clips, "train": [splits.clips["train"][i] for i in chosen]})
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #27c974b6
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #b458ad2f
 def long_windows(
     splits: EmbeddingSplits,  # the clips and their standardiser
     side: str,  # "train", "val" or "test"

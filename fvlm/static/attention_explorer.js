@@ -58,7 +58,7 @@ function tag(name, given = {}, ...children) { // an element; attributes by name,
 const stores = (globalThis.__fvlm_explorers ??= new Map());
 
 function storeOf(model, about) {
-  if (!stores.has(about.key)) stores.set(about.key, { chunks: new Map(), asked: new Map(), views: new Set(), bytes: 0, received: 0 });
+  if (!stores.has(about.key)) stores.set(about.key, { chunks: new Map(), asked: new Map(), failed: new Map(), views: new Set(), bytes: 0, received: 0 });
   const store = stores.get(about.key);
   for (const [name, view] of Object.entries(model.get("_chunks") || {})) keep(store, name, view);
   return store;
@@ -183,25 +183,26 @@ class View {
     const wanted = [], frames = everyFrame ? [...Array(this.lead.frames).keys()] : [this.get("frame")];
     for (const panel of this.panels) for (const layer of this.layersOf(panel)) for (const frame of frames) {
       const name = `${panel.index}:${layer}:${frame}`;
-      if (!this.store.chunks.has(name) && !this.store.asked.has(name)) { wanted.push([panel.index, layer, frame]); this.store.asked.set(name, performance.now()); }
+      if (!this.store.chunks.has(name) && !this.store.asked.has(name) && !this.store.failed.has(name)) { wanted.push([panel.index, layer, frame]); this.store.asked.set(name, performance.now()); }
     }
-    if (!wanted.length) return;
-    if (this.about.eager || !this.model.send) { this.fail("Some of the attention did not arrive with the page; run the cell again, or save the page anew."); return; }
+    if (!wanted.length || this.about.eager || !this.model.send) return;
     this.model.send({ want: wanted });
     setTimeout(() => this.later(), 3000);
   }
 
   heard(content, buffers) {
-    if (content?.kind === "chunk") { keep(this.store, content.name, buffers[0]); this.fail(""); this.later(); }
-    if (content?.kind === "error") { this.store.asked.clear(); this.fail(content.text); }
+    if (content?.kind === "chunk") keep(this.store, content.name, buffers[0]);
+    if (content?.kind === "error") { this.store.asked.delete(content.name); this.store.failed.set(content.name, content.text); }
+    this.later();
   }
 
-  fail(sentence) { this.error.textContent = sentence; this.error.hidden = !sentence; }
+  fail(sentence) { say(this.error, sentence); this.error.hidden = !sentence; }
 
   // --- change and play -----------------------------------------------------------------------------------------
 
   changed(name) {
     if (name === "playing") this.play();
+    if (name === "layer" || (name === "frame" && !this.get("playing"))) this.store.failed.clear(); // whoever comes back may ask again
     if (name !== "frame" || !this.get("playing")) this.stale = true; // worth saying aloud
     if (this.acting) this.draw(); // where people touch, at once; another view of the same explorer in the next frame
     else this.later();
@@ -376,7 +377,10 @@ class View {
   draw() {
     const shown = this.panels.map((panel) => (panel.row = this.rowOf(panel)));
     const wanting = this.panels.some((panel, i) => !shown[i] && this.tokenOf(panel) !== null);
-    if (wanting) this.fetchMissing();
+    let sentence = wanting && (this.about.eager || !this.model.send) ? "Some of the attention did not arrive with the page; run the cell again, or save the page anew." : "";
+    if (wanting && !sentence) this.fetchMissing();
+    for (const panel of this.panels) for (const layer of this.layersOf(panel)) sentence = this.store.failed.get(`${panel.index}:${layer}:${this.get("frame")}`) || sentence;
+    this.fail(sentence);
     for (const panel of this.panels) {
       panel.stats = panel.row && statistics(panel.row);
       panel.most = panel.row ? Math.max(...panel.row.subarray(panel.cube.keys.prefix.length)) : 0; // a class token that takes all shall not leave the picture dark
@@ -387,8 +391,8 @@ class View {
     this.read();
     this.showControls();
     this.showNotice(wanting);
-    this.root.dataset.fetching = String(wanting);
-    if (wanting) this.stale = true;
+    this.root.dataset.fetching = String(wanting && !this.error.textContent);
+    if (wanting && !sentence) this.stale = true; // to be told when it has come
     else if (this.stale && !this.get("playing")) { this.stale = false; this.announce(); }
     this.drawn++;
   }

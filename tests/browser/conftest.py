@@ -21,6 +21,14 @@ def context(browser):
 
 
 @pytest.fixture(scope="session")
+def shelf(context, lab):
+    "A page of Lab that notebooks are opened in, one after the other."
+    page = Page(context, lab)
+    yield page
+    page.page.close()
+
+
+@pytest.fixture(scope="session")
 def tour(context, lab):
     "The page of a notebook that shows every widget, run from top to bottom in a Lab that reaches nothing but the loopback."
     lab.write("tour.ipynb", *CELLS.values())

@@ -137,6 +137,20 @@ class Page:
         self.page.goto(f"{self.lab.url}/doc/tree/{quote(name)}?reset", wait_until="domcontentloaded")
         self.ready()
 
+    def tab(self, name):
+        "Opens a notebook in a tab of a Lab that stays open, and waits for its kernel: what the page said before is forgotten."
+        if "/lab" not in self.page.url:
+            self.page.goto(f"{self.lab.url}/lab?reset", wait_until="domcontentloaded")
+            self.page.wait_for_function("() => window.jupyterapp?.restored.then(() => true)", timeout=240_000)
+        self.console.clear(), self.requests.clear()
+        self.execute("docmanager:open", path=name, factory="Notebook")
+        self.page.wait_for_function("name => window.jupyterapp.shell.currentWidget?.context?.path === name", arg=name)
+        self.ready()
+
+    def close_tab(self):
+        "Closes the notebook in front and ends its kernel, so that the next one has the memory and the cores."
+        self.page.evaluate("async () => { const panel = window.jupyterapp.shell.currentWidget; await panel?.sessionContext?.shutdown(); panel?.dispose(); }")
+
     def ready(self):
         "Waits until Lab shows a notebook with a kernel at rest."
         self.page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells && window.jupyterapp.shell.currentWidget.context.isReady", timeout=240_000)
@@ -200,6 +214,6 @@ class Page:
         self.page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg="true" if "Light" in name else "false")
 
     def close(self):
-        "Closes the page and ends its kernel, so that the next one has the memory and the cores."
+        "Closes the page and ends its kernel."
         self.page.evaluate("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.shutdown()")
         self.page.close()
