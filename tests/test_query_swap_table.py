@@ -117,3 +117,9 @@ def test_bad_input_is_named(clips):
         query_swap_table(model, clips.inputs, looks=("sideways",))
     with pytest.raises(InputError, match="nobody to swap with"):
         query_swap_table(example_model("fvlm"), example_clips("fvlm", num_clips=1).inputs)
+
+
+def test_replaced_attention_is_no_exchange_of_the_query(clips):
+    found = query_swap_table(fault("dead link", 0), clips.inputs, masks=clips.masks)
+    assert found.values["uniform"].interval.estimate != 0 and "dead link" in found.verdict().failures
+    assert "dead link" not in QuerySwapTable(errors={look: found.errors[look] for look in ("own", "uniform")}).verdict().failures

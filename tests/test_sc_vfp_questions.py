@@ -170,7 +170,7 @@ def test_post_norm_blocks_are_read_as_they_are(splits):
 
 def settings_for(b, **more):
     return {"half": {arm: QuestionRecipe(base=b, arm=arm, clip_share=0.5) for arm in ("mhsa", "scmhsa")},
-            "all": {"mhsa": QuestionRecipe(base=b, arm="mhsa"), "scmhsa_ahead3": QuestionRecipe(base=b, trained_ahead=3), "scmhsa_on_ridge": QuestionRecipe(base=b, arm="scmhsa_on_ridge"), "scmhsa_with_ridge": QuestionRecipe(base=b, arm="scmhsa_with_ridge"), **more}}
+            "all": {"mhsa": QuestionRecipe(base=b, arm="mhsa"), "scmhsa_ahead3": QuestionRecipe(base=b, trained_ahead=3), "scmhsa_on_ridge": QuestionRecipe(base=b, arm="scmhsa_on_ridge"), "scmhsa_with_ridge": QuestionRecipe(base=b, arm="scmhsa_with_ridge"), "five_with_ridge": QuestionRecipe(base=b, arm="five_with_ridge"), **more}}
 
 
 def test_a_grid_can_be_stopped_shared_and_resumed_and_refuses_another_recipe(splits, tmp_path):
@@ -182,7 +182,7 @@ def test_a_grid_can_be_stopped_shared_and_resumed_and_refuses_another_recipe(spl
 
     settings = settings_for(base())
     cells = run_questions("toy", settings, (0, 1), open_data, root=tmp_path / "whole", progress=False)
-    assert len(cells) == 2 * (4 + 2) + 4 + 2 * 4 and len(opened) == 1
+    assert len(cells) == 2 * (4 + 2) + 4 + 2 * 5 and len(opened) == 1
     assert cells.index("all--mhsa--seed0") < cells.index("half--mhsa--seed1"), "seed by seed"
     assert run_questions("toy", settings, (0, 1), open_data, root=tmp_path / "whole", progress=False) == []
     halves = [run_questions("toy", settings, (0, 1), open_data, root=tmp_path / "shared", shard=(k, 2), progress=False) for k in (0, 1)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZE_ARMS', 'WIDTH_ARMS', 'SIMILARITIES', 'PLACES', 'WHOLE', 'SC_VFP_QUESTIONS', 'question_settings', 'QuestionStudy']
 
-# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #4916eb93
+# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #e1a41f62
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ from ..evidence.sc_vfp_cells import question_table, run_questions
 from ..recipes.sc_vfp_questions import QuestionRecipe, question_base
 from ..training.recipes import SCVFPRecipe, open_splits
 
-# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #a096fd69
+# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #1889f7e1
 SIZE_ARMS = ("mhsa_chunked", "mhsa", "mhsa_wide", "scmhsa", "scmhsa_folded")  # against the share of the clips
-WIDTH_ARMS = ("rank2", "rank4", "shared_kv", "hybrid", "mhsa_on_ridge", "scmhsa_on_ridge", "scmhsa_with_ridge")  # at all clips only
+WIDTH_ARMS = ("rank2", "rank4", "shared_kv", "hybrid", "mhsa_on_ridge", "scmhsa_on_ridge", "scmhsa_with_ridge", "five_with_ridge")  # at all clips only
 SIMILARITIES = (("cos2", 0.1), ("cos2", 1.0), ("cos2", 10.0), ("pull", 1.0), ("cos2", 0.01), ("cos2", 0.7), ("cos", 1.0))  # of full-width heads; 0 is the arm scmhsa
 PLACES = (("kth", "patches", 1.0), ("ucf", "cls", 1.0), ("kth", "patches", 0.1), ("ucf", "cls", 0.1), ("kth", "patches", 0.25), ("ucf", "cls", 0.25),
           ("kth", "cls", 1.0), ("ucf", "patches", 1.0), ("kth", "patches", 0.5), ("ucf", "cls", 0.5), ("worlds", "patches", 1.0))
@@ -39,7 +39,7 @@ def question_settings() -> dict[str, dict[str, QuestionRecipe]]:
         found[f"{data}-{read_out}-{round(100 * share)}"] = arms
     return found
 
-# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #0b544cde
+# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #6b688ed2
 @dataclass(frozen=True, kw_only=True)
 class QuestionStudy:
     "A grid of question cells, as `fvlm study` runs it."

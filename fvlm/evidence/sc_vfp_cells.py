@@ -6,7 +6,7 @@
 __all__ = ['HEAD_STATISTICS', 'AHEAD', 'CELL_CONVENTIONS', 'FOUND', 'head_statistics', 'errors_ahead', 'judged_cell',
            'train_cell', 'cell_config', 'run_questions', 'compared', 'question_table']
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #1dff429c
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #88654d52
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,13 +21,13 @@ from .run_comparison import RunComparison, compare_runs
 from ..models.baselines import RidgeRegression
 from ..models.sc_vfp import SCVFP
 from ..objectives.attention_statistics import entropy, head_cosine, head_divergence
-from ..recipes.sc_vfp_questions import AheadTraining, QuestionRecipe, WithRidge, long_windows, question_model, rolled, with_clip_share
+from ..recipes.sc_vfp_questions import AheadTraining, Averaged, QuestionRecipe, WithRidge, long_windows, question_model, rolled, with_clip_share
 from ..training.batches import evaluating
 from ..training.embedding_splits import EmbeddingSplits
 from ..training.loop import train
 from ..training.records import RunRecord, mean_by_clip, plain_data, read_records, write_record
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #aca10cf5
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #32013ebd
 HEAD_STATISTICS = {
     "head_cosine": "cosine between the outputs of two heads before the last matrix; mean over pairs, tokens, windows and blocks",
     "head_cosine_squared": "the same, squared: the paper's similarity of kind cos2",
@@ -66,7 +66,7 @@ def head_statistics(
         found["contribution_cosine_squared"] = np.mean([_pairs(head_cosine(module.contributions(x), squared=True)) for module, x in able])
     return {name: float(value) for name, value in found.items()}
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #0ddc5571
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #13d25827
 AHEAD = 4  # frames that every cell is judged at
 
 
@@ -86,7 +86,7 @@ def errors_ahead(
     table = torch.cat(errors)
     return {f"ahead_{k + 1}": mean_by_clip(table[:, k], windows.clip_of_window, windows.clip_names) for k in range(ahead)}
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #477a3338
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #06da801b
 CELL_CONVENTIONS = {**CONVENTIONS, **HEAD_STATISTICS, **{
     f"ahead_{k}": f"standardised MSE {k} steps of the window's gap ahead, predictions fed back, on windows long enough for {AHEAD} steps; mean over a clip's windows, then over clips"
     for k in range(1, AHEAD + 1)}}
@@ -116,8 +116,13 @@ def train_cell(
     splits: EmbeddingSplits,  # already with the recipe's share of the clips
     ridge: RidgeRegression | None,  # fitted on the same windows; for the arms on ridge and with it
 ) -> tuple[SCVFP | WithRidge, dict]:
-    "The trained network, and the step and validation loss that it was kept at; with ridge, also its weight in the average."
+    "The trained network, and the step and validation loss that it was kept at (of five, their means); with ridge, also its weight in the average."
     config = recipe.base.training
+    if recipe.arm == "five_with_ridge":
+        seeds = [5 * config.seed + k for k in range(5)]
+        found = [train_cell(replace(recipe, arm="scmhsa", base=replace(recipe.base, training=replace(config, seed=seed))), splits, None) for seed in seeds]
+        mixed = WithRidge.fitted(Averaged([model for model, _ in found]).eval(), ridge, splits.val.context, splits.val.targets).eval()
+        return mixed, {**{key: float(np.mean([kept[key] for _, kept in found])) for key in found[0][1]}, "network_weight": mixed.weight}
     model = question_model(recipe, splits.embed_dim, config.seed, ridge)
     if recipe.trained_ahead > 1:
         sides = {side: long_windows(splits, side, recipe.base, recipe.trained_ahead) for side in ("train", "val")}
@@ -130,7 +135,7 @@ def train_cell(
         return mixed, {**kept, "network_weight": mixed.weight}
     return model.eval(), kept
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #5441b2dd
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #7c83306d
 FOUND = ("kept_at_step", "val_mse", "steps", "network_weight")  # keys of a record's config that are results, not settings
 
 
@@ -221,7 +226,7 @@ def _data_key(recipe: QuestionRecipe) -> str:
     base = recipe.base
     return repr((base.videos, base.card, base.protocol, base.encoder, base.context_frames, base.gap, base.step, base.gap_jitter, base.person_frames, base.split_seed))
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #7d4114fd
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #1c88f81d
 def compared(
     records: list[RunRecord],  # of one study
     a: str,  # a cell's name without its seed: "setting--arm"

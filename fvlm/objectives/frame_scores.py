@@ -6,7 +6,7 @@
 __all__ = ['SHARPEST_DB', 'FRAME_CONVENTIONS', 'HIGHER_IS_BETTER', 'gradient_energy', 'frame_scores', 'Looks', 'looks_of',
            'found_centres', 'centre_errors', 'first_turns', 'likenesses', 'motion_scores', 'painted_at']
 
-# %% ../../nbs/40_objectives/44_frame_scores.ipynb #e1413db4
+# %% ../../nbs/40_objectives/44_frame_scores.ipynb #3543c0af
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core import InputError, check_shape
 from .metrics import lpips, mse, psnr, ssim
 
-# %% ../../nbs/40_objectives/44_frame_scores.ipynb #7a819c48
+# %% ../../nbs/40_objectives/44_frame_scores.ipynb #81c432c6
 SHARPEST_DB = 60.0  # identical frames have no finite PSNR
 FRAME_CONVENTIONS = {
     "mse": "squared error averaged over pixels and channels, frames in [0, 1]; lower is better",
@@ -64,7 +64,7 @@ def frame_scores(
         found["lpips"] = lpips(*(x.expand(*x.shape[:2], 3, *x.shape[3:]) for x in (prediction.clamp(0, 1), target)), reduction="none")
     return found
 
-# %% ../../nbs/40_objectives/44_frame_scores.ipynb #62d33586
+# %% ../../nbs/40_objectives/44_frame_scores.ipynb #26352d2b
 @dataclass(frozen=True)
 class Looks:
     "How an object looked where it was least hidden, cut out."
@@ -123,7 +123,7 @@ def centre_errors(
     "(B, F) distance in pixels between found and true centres, averaged over objects."
     return motion_scores(prediction, context, masks, trajectories)["centre"]
 
-# %% ../../nbs/40_objectives/44_frame_scores.ipynb #1d05920b
+# %% ../../nbs/40_objectives/44_frame_scores.ipynb #f2054059
 def first_turns(
     velocity: Tensor,  # (..., K, 2) pixels a frame, when last seen
     path: Tensor,  # (..., F, K, 2) x, y afterwards

@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'EXAMPLES', 'WIDTH', 'SIDE', 'PATCH', 'FIRST_FRAME', 'STORED
            'ExampleClips', 'train_example', 'example_folder', 'example_facts', 'example_encoder', 'example_model',
            'example_clips', 'example_clip']
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #2ac7c96b
+# %% ../../nbs/65_recipes/75_example_models.ipynb #42f24bc3
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +31,7 @@ from .planted_foveation import GRID, PlantedInputs, planted_clips, planted_encod
 from ..training.batches import draws_kept
 from ..training.loop import TrainConfig, train
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #59c8ffb5
+# %% ../../nbs/65_recipes/75_example_models.ipynb #f751a659
 NAMES = ("sc_vfp", "fvlm")
 
 
@@ -68,7 +68,7 @@ EXAMPLES = {recipe.name: recipe for recipe in (
     ExampleRecipe(name="fvlm", what="the ground of a frame names the tile of the next frame whose dot the next latent follows; predict the latent", train_clips=2000, val_clips=100, num_frames=5, steps=1000, learning_rate=1e-3),
 )}
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #7e0d482c
+# %% ../../nbs/65_recipes/75_example_models.ipynb #66a351f2
 WIDTH, SIDE, PATCH = 32, 32, 8  # of the embedding; of a frame and a patch, in pixels
 
 
@@ -104,7 +104,7 @@ def _made_encoder(name: str, seed: int):
     with draws_kept():  # building draws from the global generator: as if it had not
         return _digit_encoder(seed) if name == "sc_vfp" else planted_encoder(seed)
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #aa5f624c
+# %% ../../nbs/65_recipes/75_example_models.ipynb #5dd9a8ea
 @dataclass(frozen=True, kw_only=True)
 class ExampleClip:
     "One clip as a person sees it and as the model takes it."
@@ -159,7 +159,7 @@ def _made_clips(recipe: ExampleRecipe, side: str, encoder, standardiser: Standar
     standardiser = standardiser or Standardiser.fit(rows)
     return ExampleClips(frames=frames, masks=masks, encoder=encoder, embeddings=standardiser.apply(rows), inputs=EmbeddingWindows(rows, gap=1, standardiser=standardiser))
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #52183a37
+# %% ../../nbs/65_recipes/75_example_models.ipynb #501e3deb
 FIRST_FRAME = 3  # of the fvlm example: the first prediction that a made query can serve, counted from 1
 
 
@@ -196,7 +196,7 @@ def _model_by_clip(model: nn.Module, test: ExampleClips) -> tuple[dict[str, Tens
     facts |= {f"{name}_strongest_patch_is_the_wanted_tile": float((x.argmax(-1) == wanted.argmax(-1)).float().mean()) for name, x in gaze.items()}
     return errors, facts | {"chance": 1 / GRID**2}
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #0eb6762f
+# %% ../../nbs/65_recipes/75_example_models.ipynb #55db1367
 def train_example(
     name: str,  # one of EXAMPLES
     *,
@@ -252,7 +252,7 @@ def _save_encoder(encoder, path: Path) -> None:
     with written_whole(path) as temporary:
         save_file({name: x.detach().float().contiguous().clone() for name, x in encoder.model.state_dict().items()}, temporary)
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #76c94f93
+# %% ../../nbs/65_recipes/75_example_models.ipynb #db3eb312
 def example_folder(
     name: str,  # one of EXAMPLES
 ) -> Path:
@@ -312,7 +312,7 @@ def example_model(
 def _place(name: str, folder) -> Path:
     return Path(folder) if folder is not None else example_folder(name)
 
-# %% ../../nbs/65_recipes/75_example_models.ipynb #c6cb6cd0
+# %% ../../nbs/65_recipes/75_example_models.ipynb #6671ccf9
 def example_clips(
     name: str,  # one of EXAMPLES
     *,

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUESTION_ARMS', 'DATA_SETS', 'READ_OUTS', 'SharedKeyValueAttention', 'QuestionRecipe', 'question_config',
-           'question_model', 'WithRidge', 'question_base', 'WindowsOfClips', 'drawn_clips', 'with_clip_share',
-           'long_windows', 'rolled', 'AheadTraining']
+           'question_model', 'Averaged', 'WithRidge', 'question_base', 'WindowsOfClips', 'drawn_clips',
+           'with_clip_share', 'long_windows', 'rolled', 'AheadTraining']
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #5d1e1be3
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #1ce25205
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..training.embedding_splits import EmbeddingSplits, JoinedWindows
 from ..training.recipes import ARMS, EncoderChoice, ModelSize, SCVFPRecipe, model_config, sc_vfp
 from ..training.steps import TrainConfig
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #57280144
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #a118f829
 class SharedKeyValueAttention(nn.Module):
     """Full-width heads with one key and one value projection between them: (B, T, D) -> the same shape.
 
@@ -59,7 +59,7 @@ class SharedKeyValueAttention(nn.Module):
         heads = attention.to(value.dtype) @ value
         return self.proj(heads.transpose(1, 2).flatten(2)), {"attention": attention, "heads": heads}
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #35630bfc
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #1ea08e7e
 QUESTION_ARMS = {
     **{name: ARMS[name][0] for name in ("mhsa_chunked", "mhsa", "mhsa_wide", "scmhsa", "scmhsa_folded", "hybrid")},
     "rank2": "SCMHSA with heads twice as wide as ordinary ones",
@@ -68,6 +68,7 @@ QUESTION_ARMS = {
     "mhsa_on_ridge": "ordinary attention that begins as ridge and learns what ridge leaves over",
     "scmhsa_on_ridge": "full-width heads that begin as ridge and learn what ridge leaves over",
     "scmhsa_with_ridge": "full-width heads, trained alone; their prediction and ridge's are averaged with the weight that fits the validation clips",
+    "five_with_ridge": "five networks with full-width heads, each from a seed of its own, averaged; and then averaged with ridge in the same way",
 }
 
 
@@ -92,13 +93,13 @@ class QuestionRecipe:
         if self.trained_ahead > 1 and self.similarity_weight > 0:
             raise ConfigError(f"similarity_weight: got {self.similarity_weight} with trained_ahead={self.trained_ahead}, expected 0: the loss over several frames has no similarity term")
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #a1182df7
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #d71aa795
 def question_config(
     recipe: QuestionRecipe,  # arm, similarity and size
     embed_dim: int,  # D of the encoder
 ) -> SCVFPConfig:
     "The model's configuration; of `shared_kv` it is the one of `scmhsa`, into which `question_model` puts the other block."
-    plain = recipe.arm.removesuffix("_on_ridge").removesuffix("_with_ridge")
+    plain = recipe.arm.removesuffix("_on_ridge").removesuffix("_with_ridge")  # "five" is none of ARMS: full-width heads
     config = model_config(replace(recipe.base, arm=plain if plain in ARMS else "scmhsa"), embed_dim)
     changed = dict(similarity_weight=recipe.similarity_weight, similarity_kind=recipe.similarity_kind)
     if recipe.arm in ("rank2", "rank4"):
@@ -127,13 +128,33 @@ def question_model(
         start_from_ridge(model, ridge).skip.requires_grad_(False)
     return model
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #c5c937c7
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #79dea2a4
+class Averaged(nn.Module):
+    "Several networks as one: the mean of their predictions."
+
+    def __init__(
+        self,
+        models: list[nn.Module],  # trained, at least one
+    ):
+        super().__init__()
+        if not models:
+            raise ConfigError("models: got none, expected at least one")
+        self.models = nn.ModuleList(models)
+
+    def forward(
+        self,
+        batch: dict,  # "embeddings": (B, M, D)
+    ) -> dict:
+        "prediction (B, D)."
+        return {"prediction": torch.stack([model(batch)["prediction"] for model in self.models]).mean(0)}
+
+
 class WithRidge(nn.Module):
     "A network's prediction and ridge's, averaged."
 
     def __init__(
         self,
-        model: SCVFP,  # trained
+        model: nn.Module,  # trained: a network, or several as `Averaged`
         ridge: RidgeRegression,  # fitted on the same windows
         weight: float,  # of the network, 0..1
     ):
@@ -144,7 +165,7 @@ class WithRidge(nn.Module):
     @torch.no_grad()
     def fitted(
         cls,
-        model: SCVFP,  # trained
+        model: nn.Module,  # trained: a network, or several as `Averaged`
         ridge: RidgeRegression,  # fitted on the same windows
         context: Tensor,  # (n, M, D) of validation windows
         target: Tensor,  # (n, D)
@@ -170,7 +191,7 @@ class WithRidge(nn.Module):
         first = self.ridge(batch)["prediction"]
         return {"prediction": first + self.weight * (self.model(batch)["prediction"] - first)}
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #74777470
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #9a4742eb
 DATA_SETS = {
     "kth": "KTH walking and running, split by person, windows with a person",
     "ucf": "UCF-101, the sequences at hand, split by group, frames eight apart, 112 px, every third window",
@@ -198,7 +219,7 @@ def question_base(
         base = replace(base, videos=str(place), group=r"(v_[A-Za-z]+_g\d+)", gap=8, step=3, encoder=replace(encoder, image_size=112))
     return base
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #8116b0f8
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #a2abf4f0
 class WindowsOfClips(Dataset):
     "The training windows of some of the clips; reads like the windows it was taken from."
 
@@ -267,7 +288,7 @@ def with_clip_share(
     chosen = drawn_clips(len(splits.clips["train"]), share, seed)
     return replace(splits, train=WindowsOfClips(splits.train, chosen), clips={**splits.clips, "train": [splits.clips["train"][i] for i in chosen]})
 
-# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #b458ad2f
+# %% ../../nbs/65_recipes/76_sc_vfp_questions.ipynb #0da82e69
 def long_windows(
     splits: EmbeddingSplits,  # the clips and their standardiser
     side: str,  # "train", "val" or "test"
