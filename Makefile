@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 PART   ?= sc_vfp
 READY  := $(VENV)/ready
 
-.PHONY: demo lab test bench notebooks readme clean
+.PHONY: demo lab test browser bench notebooks readme clean
 .DEFAULT_GOAL := test
 
 $(READY): settings.ini setup.py pyproject.toml
@@ -26,8 +26,18 @@ demo: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
-test: $(READY)
+test: $(READY) browser
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/run_all.py
+
+# The browser tests drive a Chromium: installed where that is ours to do, and otherwise they are skipped.
+browser:
+	@for name in "$$FVLM_CHROMIUM" chromium chromium-browser google-chrome google-chrome-stable chrome microsoft-edge; do \
+		[ -n "$$name" ] && command -v "$$name" >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing Chromium for the browser tests"; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
+			|| echo "Chromium could not be installed: the browser tests will be skipped"; \
+	else echo "no Chromium found: the browser tests will be skipped (Debian, Ubuntu: sudo apt-get install chromium)"; fi
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet '.[bench]'

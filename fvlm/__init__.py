@@ -42,6 +42,16 @@ _NAMES = {
         "training.checkpoints": "save_checkpoint load_checkpoint",
         "evidence.statistics": "paired_bootstrap sign_flip_test holm",
         "evidence.foveation_protocol": "foveation_protocol coarse_over_fine",
+        "evidence.claims": "load_claims judge_claims",
+        "instruments.diagnosis": "Diagnosis",
+        "instruments.attention_cube": "AttentionCube",
+        "instruments.attention_explorer": "AttentionExplorer",
+        "instruments.attention_entropy": "attention_entropy",
+        "instruments.head_tsne": "head_tsne",
+        "instruments.feature_similarity": "feature_similarity",
+        "instruments.bottleneck_tracer": "trace_bottleneck",
+        "instruments.prediction_scrubber": "PredictionScrubber",
+        "instruments.linked_view": "LinkedView",
         "app.report": "Report",
     }.items()
     for name in names.split()

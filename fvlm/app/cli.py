@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'help_text', 'load_command', 'parse', 'main']
 
-# %% ../../nbs/90_app/92_cli.ipynb #bf8d4271
+# %% ../../nbs/90_app/92_cli.ipynb #b67361d8
 import sys
 from importlib import import_module
 
 from .. import __version__
 from ..core import InputError, check_choice
 
-# %% ../../nbs/90_app/92_cli.ipynb #44fa2819
+# %% ../../nbs/90_app/92_cli.ipynb #85e7c97f
 COMMANDS = {
     "demo": ("fvlm.app.demo:DemoCommand", "real clips, real weights, a model against its trivial rivals, a report"),
     "embed": ("fvlm.app.commands:EmbedCommand", "embed every frame of a folder of videos, once, into a cache"),
@@ -20,14 +20,17 @@ COMMANDS = {
     "evaluate": ("fvlm.app.sc_vfp_commands:EvaluateCommand", "judge a trained run against the trivial predictors"),
     "predict": ("fvlm.app.sc_vfp_commands:PredictCommand", "the future of a clip as a trained run sees it, beside what came"),
     "caption": ("fvlm.app.foveation_commands:CaptionCommand", "what a trained foveated VLM says of a clip, and where it looked"),
+    "explore": ("fvlm.app.explore_command:ExploreCommand", "where a model looks in a clip, as a page to click through"),
+    "report": ("fvlm.app.run_report:ReportCommand", "a trained run as one page: curves, errors beside the trivial rows, what the instruments say"),
     "study": ("fvlm.app.sc_vfp_commands:StudyCommand", "run or go on with a grid of runs"),
+    "claims": ("fvlm.app.claims_command:ClaimsCommand", "every claim of the sources, with its effect, its interval and a verdict"),
     "weights": ("fvlm.app.commands:WeightsCommand", "list, find or get pretrained weights and sample clips"),
     "runs": ("fvlm.app.runs_commands:RunsCommand", "find, show and compare runs by their records"),
     "cards": ("fvlm.app.cards_commands:CardsCommand", "datasets by their cards: list, show, check a copy on disk"),
     "doctor": ("fvlm.app.doctor:DoctorCommand", "check this machine: decoder, weights, threads, bf16, disk"),
 }
 
-# %% ../../nbs/90_app/92_cli.ipynb #47363c22
+# %% ../../nbs/90_app/92_cli.ipynb #d83100c1
 def help_text() -> str:
     "What `fvlm --help` prints: every command with its line."
     width = max(map(len, COMMANDS))
@@ -39,7 +42,7 @@ def help_text() -> str:
         "--debug, anywhere, shows where an error came from; --version shows the version.",
     ])
 
-# %% ../../nbs/90_app/92_cli.ipynb #5bd07f87
+# %% ../../nbs/90_app/92_cli.ipynb #38774da1
 def load_command(
     name: str,  # one of COMMANDS
 ) -> type:
@@ -71,7 +74,7 @@ def parse(
             print("\n".join(["examples:", *(f"  {example}" for example in examples)]))
         raise
 
-# %% ../../nbs/90_app/92_cli.ipynb #3c7f7aa3
+# %% ../../nbs/90_app/92_cli.ipynb #68f0576d
 def main(
     argv: list[str] | None = None,  # the words after `fvlm`; None reads them from the command line
 ) -> int:

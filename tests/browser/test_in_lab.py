@@ -637,10 +637,15 @@ def test_10_a_reload_keeps_the_choice(tour, explorer):
     before = w.state()
     tour.ask("None")  # whatever the page had to say has been heard
     tour.execute("docmanager:save")
-    tour.page.reload(wait_until="domcontentloaded")
-    tour.ready()
-    tour.console.clear()
-    tour.page.wait_for_function("n => document.querySelectorAll('.fvlm-explorer[data-ready=true]').length === n", arg=len(EXPLORERS), timeout=180_000)
+    back = "n => document.querySelectorAll('.fvlm-explorer[data-ready=true]').length === n && 'back'"
+    for _ in range(4):  # on a very busy machine Lab itself gives up asking the kernel for its widgets, and says so; a reader would reload once more
+        tour.page.reload(wait_until="domcontentloaded")
+        tour.ready()
+        found = tour.page.wait_for_function(f"n => ({back})(n) || document.body.innerText.includes('Error displaying widget: model not found') && 'given up'", arg=len(EXPLORERS), timeout=180_000)
+        if found.json_value() == "back":
+            break
+    else:
+        pytest.fail("Lab did not find its widgets again in four reloads")
     after = Explorer(tour.page, "vit").state()
     assert after == before and (after["query"], after["layer"], after["head"], after["frame"]) == (33, 2, 1, 6) and after["temperature"] == pytest.approx(0.5)
     tour.page.wait_for_selector(".fvlm-scrubber[data-ready=true]")
