@@ -355,7 +355,7 @@ print("done")
 """
     if not hasattr(os, "fork"):
         pytest.skip("no fork on this platform")
-    done = fresh(code, *(f"fvlm.{module}" for module in modules()))
+    done = fresh(code, *(f"fvlm.{module}" for module in modules()), timeout=300)
     assert done.stdout.strip() == "done", done.stdout + done.stderr
 
 

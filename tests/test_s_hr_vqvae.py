@@ -102,7 +102,7 @@ def test_training_learns_to_repeat():
     still = clip(1, 6, "still").expand(-1, 5, -1, -1, -1)
     batch, optimizer = {"codes": model.encode(still)}, torch.optim.Adam(model.pixelcnn.parameters(), lr=1e-2)
     first = model.loss(model(batch), batch)["loss"].item()
-    for _ in range(40):
+    for _ in range(120):
         optimizer.zero_grad()
         terms = model.loss(model(batch), batch)
         terms["loss"].backward()

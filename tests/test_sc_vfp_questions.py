@@ -185,6 +185,8 @@ def test_a_grid_can_be_stopped_shared_and_resumed_and_refuses_another_recipe(spl
     assert len(cells) == 2 * (4 + 2) + 4 + 2 * 5 and len(opened) == 1
     assert cells.index("all--mhsa--seed0") < cells.index("half--mhsa--seed1"), "seed by seed"
     assert run_questions("toy", settings, (0, 1), open_data, root=tmp_path / "whole", progress=False) == []
+    odd = {"all": {"scmhsa_ahead3": settings["all"]["scmhsa_ahead3"]}}
+    assert run_questions("toy", odd, (0, 1), open_data, root=tmp_path / "whole", progress=False) == [], "baselines know nothing of arms"
     halves = [run_questions("toy", settings, (0, 1), open_data, root=tmp_path / "shared", shard=(k, 2), progress=False) for k in (0, 1)]
     assert sorted(sum(halves, [])) == sorted(cells)
     for a, b in zip(read_records(tmp_path / "whole", "toy"), read_records(tmp_path / "shared", "toy")):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['claim_text', 'ClaimsCommand']
 
-# %% ../../nbs/90_app/105_claims_command.ipynb #9e7632c7
+# %% ../../nbs/90_app/105_claims_command.ipynb #3d14e071
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ import tyro
 from ..core import InputError, check_choice
 from ..evidence.claims import EFFECTS, SOURCES, VERDICTS, JudgedClaim, claims_table, judge_claims, load_claims
 
-# %% ../../nbs/90_app/105_claims_command.ipynb #6a8248b3
+# %% ../../nbs/90_app/105_claims_command.ipynb #e8d1a1b6
 def claim_text(
     judged: JudgedClaim,  # one claim with its effects
 ) -> str:
@@ -33,7 +33,7 @@ def claim_text(
     lines += [f"  note      {judged.why}"] if judged.why else []
     return "\n".join([*lines, f"  study     {claim.study}"])
 
-# %% ../../nbs/90_app/105_claims_command.ipynb #d090c395
+# %% ../../nbs/90_app/105_claims_command.ipynb #da6cd4f7
 @dataclass(frozen=True, kw_only=True)
 class ClaimsCommand:
     "Every claim of the sources with its effect, its interval and the verdict that follows from the records."

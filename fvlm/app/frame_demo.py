@@ -6,7 +6,7 @@
 __all__ = ['TRIVIAL', 'ROWS', 'frame_demo_recipe', 'FrameDemo', 'run_frame_demo', 'code_picture', 'as_picture', 'levels_of',
            'futures_of', 'said', 'frame_report', 's_hr_vqvae_part', 'plain_rows', 'plain_results']
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #6d198dbe
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #9632f351
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from ..recipes.frame_prediction import FramePredictionRecipe, FrameSplits, Predi
 from ..recipes.frame_stages import FinishedStage, run_stage
 from ..training.loop import TrainConfig
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #fefa1e5b
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #b08789e0
 def frame_demo_recipe(
     steps: int = 400,  # optimiser steps of the predictor; the quantiser gets half as many
 ) -> FramePredictionRecipe:
@@ -41,11 +41,11 @@ def frame_demo_recipe(
 
     return FramePredictionRecipe(
         data="worlds", context_frames=5, future_frames=5, test_future_frames=10, image_size=32, train_clips=240, val_clips=16, test_clips=24,
-        quantizer=HRVQVAEConfig(image_size=32, stride=4, width=32, depth=2, embed_dim=32, num_levels=3, num_codes=8, data_variance=0.03),
+        quantizer=HRVQVAEConfig(image_size=32, stride=4, width=32, depth=2, embed_dim=32, num_levels=3, num_codes=8, data_variance=0.03, reach="site"),
         predictor=PredictorSize(channels=32, depth=3, attention_every=3, num_heads=4, attention_frames=3),
         frames_training=training(max(1, steps // 2), 32), codes_training=training(steps, 8))
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #fe47a867
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #8b6789f2
 @dataclass(frozen=True, kw_only=True)
 class FrameDemo:
     "What the demo found."
@@ -96,7 +96,7 @@ def run_frame_demo(
     done("judging")
     return FrameDemo(recipe=recipe, clips=clips, stages=stages, result=result, usage=quantizer.usage(codes), by_level=by_level, seconds=seconds)
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #d3ffc9c1
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #562f2a14
 def code_picture(
     codes: Tensor,  # (h, w) whole numbers, one level of one frame
     num_codes: int,  # m
@@ -148,7 +148,7 @@ def futures_of(
     errors = {name: [None] * context_frames + (future - target).square().mean((0, 2, 3, 4)).tolist() for name, future in futures.items() if name != "what came"}
     return tracks, errors
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #f7ba0a28
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #fdbd3630
 TRIVIAL = {"copy_last": "copy-last", "linear": "linear", "mean_frame": "a constant picture"}
 ROWS = {**TRIVIAL, "greedy": "codes, greedy", "one sample": "codes, one sample", "ceiling": "ceiling"}
 
@@ -229,7 +229,7 @@ def frame_report(
     return report.facts({"quantiser": str(config), "predictor": str(recipe.predictor), "stage 1": str(recipe.frames_training), "stage 2": str(recipe.codes_training), "test clips": run.clips.test.fingerprint,
                          **{f"seconds, {part}": f"{value:.0f}" for part, value in run.seconds.items()}})
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #eede007f
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #6d8c45b3
 def s_hr_vqvae_part(
     options,  # a DemoCommand
 ) -> int:

@@ -6,7 +6,7 @@
 __all__ = ['HEAD_STATISTICS', 'AHEAD', 'CELL_CONVENTIONS', 'FOUND', 'head_statistics', 'errors_ahead', 'judged_cell',
            'train_cell', 'cell_config', 'run_questions', 'compared', 'question_table']
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #88654d52
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #ee2d259c
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +27,7 @@ from ..training.embedding_splits import EmbeddingSplits
 from ..training.loop import train
 from ..training.records import RunRecord, mean_by_clip, plain_data, read_records, write_record
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #32013ebd
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #45b41a98
 HEAD_STATISTICS = {
     "head_cosine": "cosine between the outputs of two heads before the last matrix; mean over pairs, tokens, windows and blocks",
     "head_cosine_squared": "the same, squared: the paper's similarity of kind cos2",
@@ -66,7 +66,7 @@ def head_statistics(
         found["contribution_cosine_squared"] = np.mean([_pairs(head_cosine(module.contributions(x), squared=True)) for module, x in able])
     return {name: float(value) for name, value in found.items()}
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #13d25827
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #cdd17b97
 AHEAD = 4  # frames that every cell is judged at
 
 
@@ -86,7 +86,7 @@ def errors_ahead(
     table = torch.cat(errors)
     return {f"ahead_{k + 1}": mean_by_clip(table[:, k], windows.clip_of_window, windows.clip_names) for k in range(ahead)}
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #06da801b
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #28eaaa9f
 CELL_CONVENTIONS = {**CONVENTIONS, **HEAD_STATISTICS, **{
     f"ahead_{k}": f"standardised MSE {k} steps of the window's gap ahead, predictions fed back, on windows long enough for {AHEAD} steps; mean over a clip's windows, then over clips"
     for k in range(1, AHEAD + 1)}}
@@ -135,7 +135,7 @@ def train_cell(
         return mixed, {**kept, "network_weight": mixed.weight}
     return model.eval(), kept
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #7c83306d
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #6cf49f4f
 FOUND = ("kept_at_step", "val_mse", "steps", "network_weight")  # keys of a record's config that are results, not settings
 
 
@@ -151,6 +151,7 @@ def _cells(settings: dict[str, dict[str, QuestionRecipe]], seeds):
     for position, seed in enumerate(seeds):
         for setting, arms in settings.items():
             first = next(iter(arms.values()))
+            first = QuestionRecipe(base=first.base, clip_share=first.clip_share)  # baselines know nothing of arms
             if first.clip_share < 1 or position == 0:
                 drawn = replace(first, base=replace(first.base, training=replace(first.base.training, seed=seed if first.clip_share < 1 else 0)))
                 for name in BASELINES:
@@ -226,7 +227,7 @@ def _data_key(recipe: QuestionRecipe) -> str:
     base = recipe.base
     return repr((base.videos, base.card, base.protocol, base.encoder, base.context_frames, base.gap, base.step, base.gap_jitter, base.person_frames, base.split_seed))
 
-# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #1c88f81d
+# %% ../../nbs/70_evidence/81_sc_vfp_cells.ipynb #cd3f46dc
 def compared(
     records: list[RunRecord],  # of one study
     a: str,  # a cell's name without its seed: "setting--arm"

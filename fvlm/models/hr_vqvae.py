@@ -7,7 +7,7 @@ __all__ = ['QUANTIZERS', 'NORMS', 'REACHES', 'PRESETS', 'HRVQVAEConfig', 'grey64
            'rgb64_stride8', 'tiny', 'normalised', 'ResidualBlock', 'frame_encoder', 'frame_decoder', 'checked_frames',
            'frames_of', 'HRVQVAE']
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #36970033
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #56696852
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..blocks.residual_quantizer import HierarchicalResidualQuantizer, LevelUsag
 from ..core import ConfigError, InputError, NonFiniteError, check_choice, check_range, check_shape
 from .saved_model import ModelConfig, StrictlySaved, drawn_from
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #7e90995b
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #b409150f
 QUANTIZERS = {"tree": "path", "flat": "shared", "single": "path"}
 NORMS = {"none": "no normalisation", "frame": "over channels and the whole frame"}
 REACHES = {"site": (2, 1), "near": (4, 1), "wide": (4, 3)}  # kernels of the strided convolutions and of the residual blocks of an encoder
@@ -89,7 +89,7 @@ class HRVQVAEConfig(ModelConfig):
 
 
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #021d7c5b
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #94cad213
 def grey64_stride4() -> dict:
     "Grey 64x64 at stride 4: 16x16 sites, three levels of 16. Cost: a minute or two on one core for digits; `num_codes=8` for the smaller tree."
     return dict(image_size=64, channels=1, stride=4)
@@ -117,7 +117,7 @@ def tiny() -> dict:
 
 PRESETS = HRVQVAEConfig.presets = {preset.__name__: preset for preset in (grey64_stride4, grey64_stride8, rgb64_stride4, rgb64_stride8, tiny)}
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #fef4c4f6
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #355e993b
 def normalised(
     norm: str,  # one of NORMS
     width: int,  # channels
@@ -168,7 +168,7 @@ def frame_decoder(
     blocks = [ResidualBlock(config.width, norm=config.norm) for _ in range(config.depth)]
     return nn.Sequential(nn.Conv2d(config.embed_dim, config.width, 3, padding=1), *blocks, normalised(config.norm, config.width), nn.ReLU(), *layers)
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #819dc518
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #ef76cf9a
 def checked_frames(
     name: str,  # the argument's name, for the message
     frames: Tensor,  # (B, T, C, H, W) floating point in [0, 1]
@@ -204,7 +204,7 @@ def frames_of(
         raise InputError(f'batch: expected a dict with "frames" of shape (B, T, C, H, W), got {came}')
     return checked_frames('batch["frames"]', batch["frames"], **sizes)
 
-# %% ../../nbs/50_models/57_hr_vqvae.ipynb #747ef690
+# %% ../../nbs/50_models/57_hr_vqvae.ipynb #9e2a88ac
 class HRVQVAE(nn.Module, StrictlySaved):
     """Frames to codes and back.
 

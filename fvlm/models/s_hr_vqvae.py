@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'EMBEDDINGS', 'SHRVQVAEConfig', 'expected_codewords', 'brightness_centres', 'constant_velocity_loss',
            'SHRVQVAE']
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #3fd98147
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #8f365ba2
 import dataclasses
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from ..core import ConfigError, InputError, check_choice, check_range
 from .hr_vqvae import HRVQVAE, HRVQVAEConfig, checked_frames, frames_of
 from .saved_model import ModelConfig, StrictlySaved, drawn_from
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #5f966f98
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #416b8f02
 STAGES = {
     "disjoint": "the predictor learns codes; encoder, codebooks and decoder are frozen",
     "joint": "predictor and decoder learn together, the pixel term passing through a Gumbel-softmax; encoder and codebooks are frozen",
@@ -69,7 +69,7 @@ class SHRVQVAEConfig(ModelConfig):
             tree.num_codes, tree.num_levels, grid=self.hr_vqvae.grid, channels=self.channels, depth=self.depth, kernel=self.kernel, attention_every=self.attention_every,
             num_heads=self.num_heads, attention_frames=self.attention_frames, tree=tree if self.embeddings == "tree" else None, books=tree.books)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #f5928191
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #1a7aaa9d
 def expected_codewords(
     logits: Tensor,  # (B,T,L,h,w,m) of a predictor that saw the true codes before each
     codes: Tensor,  # (B,T,L,h,w) the true codes: they say which books are open
@@ -91,7 +91,7 @@ def expected_codewords(
         parts.append((share.unsqueeze(-2) @ tree.active_book(sites[..., :level])).squeeze(-2))
     return sum(parts).movedim(-1, 2)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #4d9ad9b5
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #7f4259e4
 def brightness_centres(
     frames: Tensor,  # (B,T,C,H,W), dark background; values below 0 count as 0
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def constant_velocity_loss(
     judged = (visible & (true_acceleration.detach().norm(dim=-1) < tolerance)).to(acceleration.dtype)
     return (acceleration.square().sum(-1) * judged).sum() / judged.sum().clamp(min=1)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #4da8af7b
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #c0033098
 class SHRVQVAE(nn.Module, StrictlySaved):
     """Predicts frames: encode, predict codes, decode.
 
