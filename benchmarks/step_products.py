@@ -10,7 +10,7 @@ MM = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 class Products(TorchDispatchMode):
     """Notes every matrix product that runs inside, by shape, stride and type of its two matrices: mm and addmm.
 
-    With `everything` also bmm, a matrix at a time, and convolutions as the products they come down to, forward and backward.
+    With `everything` also bmm, and convolutions as the products they come down to, forward and backward.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class Products(TorchDispatchMode):
             a, b = args[-2:]
             self.seen[(tuple(a.shape), a.stride(), tuple(b.shape), b.stride(), a.dtype)] += 1
         elif self.everything and func is torch.ops.aten.bmm.default:
-            a, b = args
-            self.note(*a.shape[1:], b.shape[2], a.dtype, len(a))
+            a, b = args  # many small products in one call: one by one they would cost more than in the step
+            self.seen[(tuple(a.shape), a.stride(), tuple(b.shape), b.stride(), a.dtype)] += 1
         elif self.everything and func is torch.ops.aten.convolution.default:
             x, weight = args[:2]
             self.note(result[:, 0].numel(), weight[0].numel(), len(weight), x.dtype)
@@ -55,9 +55,9 @@ def products_of(
     assert products.seen, "the step ran no matrix product that was seen"
     pairs = []
     for (a, a_stride, b, b_stride, dtype), times in products.seen.items():
-        made = [torch.randn(shape).to(dtype).as_strided(shape, stride) for shape, stride in ((a, a_stride), (b, b_stride))]
+        made = [torch.randn(1 + sum((n - 1) * step for n, step in zip(shape, stride))).to(dtype).as_strided(shape, stride) for shape, stride in ((a, a_stride), (b, b_stride))]
         pairs.append((*made, times))
-    flops = sum(2 * a.shape[0] * a.shape[1] * b.shape[1] * times for a, b, times in pairs)
+    flops = sum(2 * a.numel() * b.shape[-1] * times for a, b, times in pairs)
 
     def run():
         with torch.no_grad():
