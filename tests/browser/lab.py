@@ -96,6 +96,8 @@ class Lab:
             if cell["cell_type"] == "code":
                 cell["outputs"], cell["execution_count"] = [], None
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (self.root / "results").exists():
+            (self.root / "results").symlink_to(ROOT / "results")  # studies read their records from a folder above them
         (self.root / name).write_text(json.dumps(content), encoding="utf-8")
         return name
 
