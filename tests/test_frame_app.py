@@ -73,16 +73,16 @@ def study(tmp_path_factory):
     arms = {name: (QUANTIZER_ARMS | PREDICTOR_ARMS)[name] for name in ("tree", "flat", "trivial", "disjoint", "joint")}
     arms["conv_lstm"] = replace(PREDICTOR_ARMS["conv_lstm"], same_seconds=False)  # on a busy machine a budget of seconds is any number of steps
     study = FrameStudy(question="?", arms=arms, seeds=(0, 1), settings=lambda: {"tiny": SMALL})
-    first = study.run("digits", study.settings(), root=root, store=root / "store", shard=(0, 2), progress=False)
-    second = study.run("digits", study.settings(), root=root, store=root / "store", shard=(1, 2), progress=False)
+    first = study.run("digits", study.settings(), root=root, work=root / "work", shard=(0, 2))
+    second = study.run("digits", study.settings(), root=root, work=root / "work", shard=(1, 2))
     return study, root, first, second
 
 
 def test_shards_share_the_grid_and_stages_are_trained_once(study):
     grid, root, first, second = study
     assert not set(first) & set(second) and len(first) == 6 and len(second) == 5 and all("seed0" in run or run == "tiny--trivial" for run in first)
-    assert grid.run("digits", grid.settings(), root=root, store=root / "store", progress=False) == []
-    stages = sorted(path.name.rsplit("-", 1)[0] for path in (root / "store").iterdir())
+    assert grid.run("digits", grid.settings(), root=root, work=root / "work") == []
+    stages = sorted(path.name.rsplit("-", 1)[0] for path in (root / "work" / "frames").iterdir())
     assert stages == sorted(f"{stage}-seed{seed}" for seed in (0, 1) for stage in ("frames", "frames", "codes", "joint", "conv_lstm"))
 
 
@@ -92,7 +92,7 @@ def test_a_lost_record_is_made_again_from_the_store(study, monkeypatch):
     before = json.loads(path.read_text())
     path.unlink()
     monkeypatch.setattr("fvlm.recipes.frame_stages.train", lambda *args, **named: pytest.fail("a finished stage was trained again"))
-    assert grid.run("digits", grid.settings(), root=root, store=root / "store", progress=False) == ["tiny--joint--seed1"]
+    assert grid.run("digits", grid.settings(), root=root, work=root / "work") == ["tiny--joint--seed1"]
     after = json.loads(path.read_text())
     assert all(before[key] == after[key] for key in ("config", "metrics", "metrics_by_clip", "data_fingerprint", "parameters"))
 
@@ -100,7 +100,7 @@ def test_a_lost_record_is_made_again_from_the_store(study, monkeypatch):
 def test_another_recipe_is_refused_by_name(study):
     grid, root, *_ = study
     with pytest.raises(ConfigError, match="tiny--tree--seed0: was run with another recipe"):
-        grid.run("digits", {"tiny": replace(SMALL, data_seed=1)}, root=root, store=root / "store")
+        grid.run("digits", {"tiny": replace(SMALL, data_seed=1)}, root=root, work=root / "work")
     with pytest.raises(ConfigError, match="expected 0 to 1"):
         grid.run("digits", grid.settings(), root=root, shard=(2, 2))
 

@@ -7,7 +7,7 @@ __all__ = ['FOVEATED_HEADS', 'FOVEATED_CAPTIONS', 'GAZE_CELLS', 'FOVEATED_GAZE',
            'foveated_heads', 'CaptionStudy', 'run_caption_cell', 'captions_of', 'spoken', 'recorded_scores',
            'caption_table', 'foveated_captions', 'RecordStudy', 'gaze_cells', 'quick_cells']
 
-# %% ../../nbs/90_app/107_foveation_study.ipynb #8749bf35
+# %% ../../nbs/90_app/107_foveation_study.ipynb #5747ef68
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from ..blocks.prediction_heads import HEADS
-from ..core import ConfigError, cache_dir
 from ..evidence.caption_evidence import CaptionScores, caption_scores, commonest
 from ..evidence.foveation_grid import CONVENTIONS, by_clip_and_frame, described, grid_table, run_foveation_grid, run_trivial
 from ..evidence.query_swaps import path_errors, swap_errors
@@ -28,41 +27,26 @@ from ..recipes.cued_gaze import run_gaze
 from ..recipes.encoded_clips import FoveationClips
 from ..recipes.foveated_vlm import FoveationRecipe, captions, gaze, heads, heads_from_copy, heads_short, load_parts, open_clips, phase1, phase2, phase3, train_twin
 from ..recipes.quick_experiments import run_quick_experiments
-from ..training.records import RunRecord, config_differences, read_records, write_record
+from ..training.records import RunRecord, read_records, write_record
+from ..training.study import GridRun, Study, missing_cells
 
-# %% ../../nbs/90_app/107_foveation_study.ipynb #0b277afc
+# %% ../../nbs/90_app/107_foveation_study.ipynb #8791c5d5
 @dataclass(frozen=True, kw_only=True)
-class FoveationStudy:
-    "A grid of foveated models."
+class FoveationStudy(Study):
+    "A grid of foveated models; a setting is a recipe and its heads."
 
-    question: str  # one sentence
-    settings: Callable[[], dict[str, tuple[FoveationRecipe, Sequence[str]]]]  # setting -> recipe and heads
     seeds: tuple[int, ...]  # whole numbers
 
-    def run(
-        self,
-        name: str,  # the study's
-        settings: dict,  # those of its settings that are wanted
-        *,
-        root,  # the results folder
-        shard: tuple[int, int] = (0, 1),  # which, of how many processes
-        download: bool = False,  # allow getting weights
-    ) -> None:
-        "Every missing cell is run and recorded, one setting after another."
+    def _run(self, grid):
         def open_data(recipe):
-            parts = load_parts(recipe, download=download)
-            return parts, open_clips(recipe, parts, download=download)
+            parts = load_parts(recipe, download=grid.download)
+            return parts, open_clips(recipe, parts, download=grid.download)
 
-        for setting, (recipe, chosen) in settings.items():
-            run_foveation_grid(name, {setting: recipe}, heads=chosen, seeds=self.seeds, root=root, work=cache_dir("studies"), shard=shard, open_data=open_data)
+        return [run for setting, (recipe, chosen) in grid.settings.items()
+                for run in run_foveation_grid(grid.study, {setting: recipe}, heads=chosen, seeds=self.seeds, root=grid.root, work=grid.work, shard=grid.shard, open_data=open_data)]
 
-    def table(
-        self,
-        records: list,  # all of the study's
-        setting: str,  # which
-    ) -> str | None:
-        "R0 to R3 of every head that has a whole seed, as markdown; None while the setting has no record."
-        return grid_table(records, setting) if any(record.run.startswith(f"{setting}--") for record in records) else None
+    def _table(self, records, setting):
+        return grid_table(records, setting)  # R0 to R3 of every head that has a whole seed
 
 
 def foveated_heads() -> dict[str, tuple[FoveationRecipe, Sequence[str]]]:
@@ -74,54 +58,31 @@ def foveated_heads() -> dict[str, tuple[FoveationRecipe, Sequence[str]]]:
 
 FOVEATED_HEADS = FoveationStudy(question="Which prediction head lets a gaze pay on real clips, judged by twins trained apart (R2)?", settings=foveated_heads, seeds=(0, 1, 2))
 
-# %% ../../nbs/90_app/107_foveation_study.ipynb #5662077b
+# %% ../../nbs/90_app/107_foveation_study.ipynb #e7cbd610
 @dataclass(frozen=True, kw_only=True)
-class CaptionStudy:
-    "Captions, prediction, and both."
+class CaptionStudy(Study):
+    "Captions, prediction, and both; a setting is a recipe."
 
-    question: str  # one sentence
-    settings: Callable[[], dict[str, FoveationRecipe]]  # setting -> recipe
     seeds: tuple[int, ...]  # whole numbers
 
-    def run(
-        self,
-        name: str,  # the study's
-        settings: dict,  # those of its settings that are wanted
-        *,
-        root,  # the results folder
-        shard: tuple[int, int] = (0, 1),  # which, of how many processes
-        download: bool = False,  # allow getting weights
-    ) -> None:
-        """Every missing cell is run and recorded, seed by seed.
-
-        Raises: ConfigError for a finished cell of another recipe, naming the first difference.
-        """
-        done = {record.run: record for record in read_records(root, name)}
-        opened = parts = None
-        for at, (setting, seed) in enumerate((setting, seed) for seed in self.seeds for setting in settings):
-            recipe, run = settings[setting], f"{setting}--seed{seed}"
-            if run in done:
-                if differs := config_differences(done[run].config, {"recipe": described(recipe), "seed": seed}):
-                    raise ConfigError(f"{name}/{run}: was run with another recipe ({differs[0][0]}: {differs[0][1]} then, {differs[0][2]} now); remove its record to run it again")
-                continue
-            if at % shard[1] != shard[0]:
-                continue
-            if opened is None:
-                parts = load_parts(recipe, download=download)
-                opened = open_clips(recipe, parts, download=download)  # the settings differ in their losses, not in their clips
-            if not (Path(root) / name / "all--trivial.json").is_file():
-                run_trivial("all", recipe, parts, opened, study=name, root=root)
-            path = run_caption_cell(recipe, parts, opened, study=name, run=run, seed=seed, root=root, work=cache_dir("studies"))
+    def _run(self, grid):
+        cells = {f"{setting}--seed{seed}": (grid.settings[setting], seed) for seed in self.seeds for setting in grid.settings}
+        missing = missing_cells(grid.root, grid.study, {run: {"recipe": described(recipe), "seed": seed} for run, (recipe, seed) in cells.items()}, shard=grid.shard)
+        if not missing:
+            return missing
+        first = cells[missing[0]][0]  # the settings differ in their losses, not in their clips
+        parts = load_parts(first, download=grid.download)
+        sides = open_clips(first, parts, download=grid.download)
+        if not (grid.root / grid.study / "all--trivial.json").is_file():
+            run_trivial("all", first, parts, sides, study=grid.study, root=grid.root)
+        for run in missing:
+            recipe, seed = cells[run]
+            path = run_caption_cell(recipe, parts, sides, study=grid.study, run=run, seed=seed, root=grid.root, work=grid.work)
             print(f"{run:30s} {path}", flush=True)
+        return missing
 
-    def table(
-        self,
-        records: list[RunRecord],  # all of the study's
-        setting: str,  # which
-    ) -> str | None:
-        "Markdown: every seed of the setting; None while it has no record."
-        mine = [record for record in records if record.run.startswith(f"{setting}--seed")]
-        return caption_table(mine) if mine else None
+    def _table(self, records, setting):
+        return caption_table(records)
 
 
 def run_caption_cell(
@@ -184,7 +145,7 @@ def spoken(
         said += caption(model, {name: x for name, x in batch.items() if name != "caption"})
     return scores, said, true, commonest(captions_of(sides["train"]))
 
-# %% ../../nbs/90_app/107_foveation_study.ipynb #030a8aa9
+# %% ../../nbs/90_app/107_foveation_study.ipynb #f8af2558
 def recorded_scores(
     record: RunRecord,  # of a cell that speaks
 ) -> CaptionScores:
@@ -220,7 +181,7 @@ def caption_table(
         lines += [f"| {record.run} | " + " | ".join(f"{record.metrics[f'{name}_from_frame_3']:.4f}" for name in looks) + " |" for record in predicting]
     return "\n".join(lines)
 
-# %% ../../nbs/90_app/107_foveation_study.ipynb #be1c0dd1
+# %% ../../nbs/90_app/107_foveation_study.ipynb #fe4ea803
 def foveated_captions() -> dict[str, FoveationRecipe]:
     "The recipe `captions` as it is, without prediction, and without captions."
     recipe = captions()
@@ -229,68 +190,51 @@ def foveated_captions() -> dict[str, FoveationRecipe]:
 
 FOVEATED_CAPTIONS = CaptionStudy(question="Does the model say what it sees, and does having to say it teach it where to look?", settings=foveated_captions, seeds=(0, 1, 2))
 
-# %% ../../nbs/90_app/107_foveation_study.ipynb #033b97bd
+# %% ../../nbs/90_app/107_foveation_study.ipynb #11f55f7f
 @dataclass(frozen=True, kw_only=True)
-class RecordStudy:
-    "Settings that each write their own missing records."
+class RecordStudy(Study):
+    "A setting is a function of the grid run that writes its own missing records and gives their paths."
 
-    question: str  # one sentence
-    cells: Callable[[], dict[str, Callable]]  # setting -> run(root, download), which writes what is missing
     prefix: Callable[[str], str] = str  # setting -> how the names of its records begin
 
-    def settings(self) -> dict[str, Callable]:
-        "Setting -> what runs it."
-        return self.cells()
+    def _run(self, grid):
+        which, shards = grid.shard
+        return [path.stem for index, cell in enumerate(grid.settings.values()) if index % shards == which for path in cell(grid)]
 
-    def run(
-        self,
-        name: str,  # the study's
-        settings: dict,  # those of its settings that are wanted
-        *,
-        root,  # the results folder
-        shard: tuple[int, int] = (0, 1),  # which, of how many processes
-        download: bool = False,  # allow getting weights
-    ) -> None:
-        "Every missing record is made."
-        for at, cell in enumerate(settings.values()):
-            if at % shard[1] == shard[0]:
-                cell(root, download)
+    def _table(self, records, setting):
+        rows = [(record.run, name, value) for record in records for name, value in record.metrics.items() if "_at_step_" not in name]
+        return "\n".join(["| record | measure | mean |", "|---|---|---:|", *(f"| {run} | {name} | {value:.4g} |" for run, name, value in rows)])
 
-    def table(
-        self,
-        records: list[RunRecord],  # all of the study's
-        setting: str,  # which
-    ) -> str | None:
-        "Markdown: the means of every record of the setting; None while there is none."
-        mine = [record for record in records if record.run.startswith(self.prefix(setting))]
-        rows = [(record.run, name, value) for record in mine for name, value in record.metrics.items() if "_at_step_" not in name]
-        return "\n".join(["| record | measure | mean |", "|---|---|---:|", *(f"| {run} | {name} | {value:.4g} |" for run, name, value in rows)]) if rows else None
+    def _belongs(self, record, setting):
+        return record.run.startswith(self.prefix(setting))
 
 
 GAZE_CELLS = {"untrained": dict(steps=0), "joint": dict(), "taught": dict(weight=0.5), "alone": dict(weight=0.5, alone=True)}
 
 
-def gaze_cells() -> dict[str, Callable]:
+def gaze_cells() -> dict[str, Callable[[GridRun], list[Path]]]:
     "Name -> a training on the cued world that is run if it has no record."
     def cell(run, how):
-        def go(root, download):
-            if not (Path(root) / "foveated_gaze" / f"{run}.json").is_file():
-                recipe = gaze()
-                run_gaze(run, recipe, load_parts(recipe, download=download), root=root, out=cache_dir("studies") / "foveated_gaze" / run, **how)
+        def go(grid):
+            path, recipe = grid.root / grid.study / f"{run}.json", gaze()
+            if path.is_file():
+                return []
+            run_gaze(run, recipe, load_parts(recipe, download=grid.download), root=grid.root, out=grid.work / grid.study / run, **how)
+            return [path]
         return go
 
     return {run: cell(run, how) for run, how in GAZE_CELLS.items()}
 
 
-def quick_cells() -> dict[str, Callable]:
+def quick_cells() -> dict[str, Callable[[GridRun], list[Path]]]:
     "One setting: all quick checks of untrained models on a few dozen held-out clips."
-    def go(root, download):
+    def go(grid):
         recipe = heads()
-        parts = load_parts(recipe, download=download)
-        run_quick_experiments(recipe, parts, open_clips(recipe, parts, download=download)["test"], root=root)
+        parts = load_parts(recipe, download=grid.download)
+        return run_quick_experiments(recipe, parts, open_clips(recipe, parts, download=grid.download)["test"], root=grid.root)
 
     return {"untrained": go}
 
 
-FOVEATED_GAZE = RecordStudy(question="Does the gaze follow the question, and if not, can it?", cells=gaze_cells)
-FOVEATED_QUICK = RecordStudy(question="Four quick numbers of the source, measured again: are they true, and would they be the same if nothing were wrong?", cells=quick_cells, prefix=lambda setting: "")
+FOVEATED_GAZE = RecordStudy(question="Does the gaze follow the question, and if not, can it?", settings=gaze_cells)
+FOVEATED_QUICK = RecordStudy(question="Four quick numbers of the source, measured again: are they true, and would they be the same if nothing were wrong?", settings=quick_cells, prefix=lambda setting: "")

@@ -7,10 +7,9 @@ __all__ = ['HR_VQVAE_DIGITS', 'ABLATIONS', 'S_HR_VQVAE_DIGITS', 'S_HR_VQVAE_KTH'
            'gigaflops_of', 'judge_predictor', 'FrameStudy', 'of_arm', 'by_seed_and_clip', 'quantizer_table',
            'future_of', 'short_digits', 'small_digits', 'judged_on']
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #9a68dd8e
-from collections.abc import Callable, Mapping
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #eb3902ab
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from .frame_arms import PREDICTOR_ARMS, QUANTIZER_ARMS, RIVAL_ARMS, FrameArm, parameters_of, stored_stage
-from ..core import ConfigError, InputError, cache_dir, check_choice
+from ..core import InputError, check_choice
 from ..evidence.code_prediction import TOLD, TRIVIAL_ROWS, Ceiling, FramePredictionResult, OneFuture, judge_frames
 from ..evidence.foveation_grid import CountedOperations, by_clip_and_frame, from_record
 from ..evidence.statistics import paired_bootstrap
@@ -28,9 +27,10 @@ from ..recipes.frame_clips import FrameClips
 from ..recipes.frame_prediction import FramePredictionRecipe, FrameSplits, kth, kth_40, kth_hour, kth_stride8, moving_mnist, moving_mnist_hour, moving_mnist_stride8, open_clips, worlds
 from ..recipes.frame_stages import FinishedStage
 from ..training.batches import evaluating
-from ..training.records import RunRecord, plain_data, read_records, write_record
+from ..training.records import RunRecord, plain_data, write_record
+from ..training.study import Study, missing_cells
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #0da61aba
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #b5ecf521
 @torch.inference_mode()
 def judge_quantizer(
     model: HRVQVAE,  # trained
@@ -67,7 +67,7 @@ def judge_quantizer(
             numbers |= {f"level{k + 1}/changes_{name}": float(flips[mask, k].mean()) for name, mask in (("moving", moved), ("still", ~moved)) if mask.any()}
     return numbers, by_clip
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #0f1dfda9
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #01cc22e0
 class CountedPrediction(CountedOperations):
     "Counts inside `torch.inference_mode` too, where a layer arrives in one piece and has to be taken apart first."
 
@@ -117,46 +117,25 @@ def judge_predictor(
         numbers["gigaflops_a_frame"] = gigaflops_of(next(iter(rows.values())), clips.test.batch([0])["frames"], context_frames)
     return numbers | {"context_frames": context_frames, "frames_ahead": result.horizon}, by_clip
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #8811e932
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #144f4094
 @dataclass(frozen=True, kw_only=True)
-class FrameStudy:
-    "A grid of arms and seeds on some recipes."
+class FrameStudy(Study):
+    "A grid of arms and seeds; a setting is a recipe."
 
-    question: str  # one sentence
-    settings: Callable[[], dict[str, FramePredictionRecipe]]  # setting -> recipe
     arms: Mapping[str, FrameArm]  # by name
     seeds: tuple[int, ...]  # whole numbers
     last: tuple[str, ...] = ()  # arms that are run when all others have all their seeds
 
-    def run(
-        self,
-        name: str,  # the study's
-        settings: dict,  # those of its settings that are wanted
-        *,
-        root,  # the results folder
-        shard: tuple[int, int] = (0, 1),  # which, of how many processes; they share by seed, since arms of one seed share stages
-        download: bool = False,  # nothing is downloaded here
-        store=None,  # where trained stages are kept; None: the package's cache folder
-        progress: bool = True,  # a line a cell
-    ) -> list[str]:
-        """Every missing cell is run and recorded; the names of those.
-
-        Raises: ConfigError for a finished cell of another recipe, naming it; InputError for clips that are not there.
-        """
-        which, shards = shard
-        if not 0 <= which < shards:
-            raise ConfigError(f"shard: got {which} of {shards}, expected 0 to {shards - 1}")
-        done, ran = {record.run: record for record in read_records(root, name)}, []
-        for setting, recipe in settings.items():
-            cells = [(f"{setting}--{arm}" if self.arms[arm].stage == "trivial" else f"{setting}--{arm}--seed{seed}", arm, seed) for arm, seed in self.order() if self.seeds.index(seed) % shards == which]
-            for run, arm, seed in cells:
-                if run in done and done[run].config != self.described(recipe, arm, seed):
-                    raise ConfigError(f"{name}/{run}: was run with another recipe; remove its record to run it again, or give the study another name")
-            clips = None
-            for run, arm, seed in (cell for cell in cells if cell[0] not in done):
-                clips = clips or open_clips(recipe, progress=progress)
-                self._cell(name, run, recipe, clips, arm, seed, root, Path(store or cache_dir("studies", "frames")), progress)
-                ran.append(run)
+    def _run(self, grid):
+        (which, shards), ran = grid.shard, []
+        for setting, recipe in grid.settings.items():
+            cells = {f"{setting}--{arm}" if self.arms[arm].stage == "trivial" else f"{setting}--{arm}--seed{seed}": (arm, seed) for arm, seed in self.order()}
+            mine = {run: self.described(recipe, arm, seed) for run, (arm, seed) in cells.items() if self.seeds.index(seed) % shards == which}  # arms of one seed share stages
+            missing = missing_cells(grid.root, grid.study, mine)
+            clips = open_clips(recipe) if missing else None
+            for run in missing:
+                self._cell(grid, run, recipe, clips, *cells[run])
+            ran += missing
         return ran
 
     def order(self) -> list[tuple[str, int]]:
@@ -174,13 +153,13 @@ class FrameStudy:
         chosen = self.arms[check_choice("arm", arm, self.arms)]
         return plain_data({"arm": arm, "stage": chosen.stage, "same_seconds": chosen.same_seconds, "seed": seed, "recipe": chosen.change(recipe)})
 
-    def _cell(self, study, run, recipe, clips, arm, seed, root, store, progress) -> None:
+    def _cell(self, grid, run, recipe, clips, arm, seed) -> None:
         chosen = self.arms[arm]
         changed = chosen.change(recipe)
         if chosen.stage == "trivial":
             trained, parameters, steps, seconds = None, 0, 0, 0.0
         else:
-            trained = stored_stage(changed, chosen.stage, clips, store, seed=seed, budget_of=recipe if chosen.same_seconds else None)
+            trained = stored_stage(changed, chosen.stage, clips, grid.work / "frames", seed=seed, budget_of=recipe if chosen.same_seconds else None)
             parameters, steps, seconds = parameters_of(changed, chosen.stage), trained.steps, trained.seconds
         if chosen.stage == "frames":
             numbers, by_clip = judge_quantizer(trained.model, clips.test)
@@ -189,26 +168,17 @@ class FrameStudy:
             numbers, by_clip = judge_predictor(trained, clips, context_frames=recipe.context_frames)
         metrics = {name.split("/")[-1].split("_frame_")[0] for name in (*numbers, *by_clip)}
         conventions = {"source": clips.source, "seconds": "of the processor, all threads together, in training this stage alone"}
-        write_record(root, study, run, config=self.described(recipe, arm, seed), parameters=parameters, precision=changed.frames_training.precision,
+        write_record(grid.root, grid.study, run, config=self.described(recipe, arm, seed), parameters=parameters, precision=changed.frames_training.precision,
                      data_fingerprint=clips.test.fingerprint, metrics={**numbers, "steps": steps}, metrics_by_clip=by_clip,
                      conventions=conventions | {metric: text for metric, text in FRAME_CONVENTIONS.items() if metric in metrics}, seconds=seconds)
-        if progress:
-            print(f"{run:50s} {steps:6d} steps  {seconds:8.1f} s", flush=True)
+        print(f"{run:50s} {steps:6d} steps  {seconds:8.1f} s", flush=True)
 
-    def table(
-        self,
-        records: list[RunRecord],  # all of the study's
-        setting: str,  # which
-    ) -> str | None:
-        "Markdown, or None while the setting has no record."
-        mine = [record for record in records if record.run.split("--")[0] == setting]
-        if not mine:
-            return None
-        if all(record.config["stage"] == "frames" for record in mine):
-            return quantizer_table(mine)
-        return future_of(mine).table() if any(record.config["stage"] == "trivial" for record in mine) else None
+    def _table(self, records, setting):
+        if all(record.config["stage"] == "frames" for record in records):
+            return quantizer_table(records)
+        return future_of(records).table() if any(record.config["stage"] == "trivial" for record in records) else None
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #946c8378
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #20be4165
 def of_arm(
     records: list[RunRecord],  # of one setting
 ) -> dict[str, list[RunRecord]]:
@@ -280,7 +250,7 @@ def future_of(
     return FramePredictionResult(values={name: values[name] for name in ranked}, parameters={name: int(value) for name, value in facts["parameters"].items()}, bytes_per_frame=facts["bytes_a_frame"], gigaflops=gigaflops,
                                  clip_names=clips, context_frames=int(first.metrics["context_frames"]), ssim_window="uniform7")
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #51b4b781
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #949ec168
 def short_digits() -> FramePredictionRecipe:
     "Moving digits at stride 8, stage 1 alone and short. Source: ours. Expected: which quantiser learns faster, not which is better in the end. Cost: half a minute a run on one core."
     base = moving_mnist_stride8()

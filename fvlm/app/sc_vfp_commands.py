@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SC_VFP_KTH', 'STUDIES', 'weights_entry', 'tell_bad', 'named', 'TrainCommand', 'judged_table', 'EvaluateCommand',
-           'PredictCommand', 'predict_page', 'Study', 'kth_settings', 'StudyCommand']
+           'PredictCommand', 'predict_page', 'splits_opener', 'SCVFPStudy', 'kth_settings', 'StudyCommand']
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #43d5ae2e
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #403fe3ad
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -32,8 +33,9 @@ from ..training.embedding_splits import EmbeddingSplits
 from ..training.recipes import RECIPES, EncoderChoice, ModelSize, SCVFPRecipe, check_videos, load_recipe, open_splits, sc_vfp, sc_vfp_kth, sc_vfp_kth_mirrored
 from ..training.records import read_records
 from ..training.saved_runs import open_run, save_run
+from ..training.study import Study
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #672a333b
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #58c23e31
 def weights_entry(
     embedder: FrameEmbedder,  # any
 ) -> dict:
@@ -163,7 +165,7 @@ def judged_table(
     write_cell(root, "run", f"run--{recipe.arm}--seed{recipe.training.seed}", recipe, splits, by_clip, parameters=parameters, seconds=seconds, weights=weights)
     return comparison(read_records(root, "run"), "run")
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #c88b12a0
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #510b2e44
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
     "Judge a trained run again on its own held-out clips, beside the trivial predictors."
@@ -197,7 +199,7 @@ class EvaluateCommand:
             print(plain_table(rows))
         return 0
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9891b780
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #814e73b2
 @dataclass(frozen=True, kw_only=True)
 class PredictCommand:
     "Show the future that a trained run expects in your clip, as nearest frames beside what really came."
@@ -273,43 +275,32 @@ def predict_page(
                  "The frames are found in the clip, never generated."])
     return report
 
-# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #9012488e
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    "A grid of SC-VFP runs."
+# %% ../../nbs/90_app/95_sc_vfp_commands.ipynb #1ddc8609
+def splits_opener(
+    download: bool,  # allow getting weights and clips
+) -> Callable[[SCVFPRecipe], tuple[EmbeddingSplits, dict]]:
+    "What opens a recipe's windows, with its encoder's weights entry; an encoder is loaded once."
+    load = cache(lambda encoder: encoder.load(download=download))
 
-    question: str  # one sentence
-    settings: Callable[[], dict]  # setting -> recipe
+    def open_data(recipe: SCVFPRecipe):
+        embedder = load(recipe.encoder)
+        return open_splits(recipe, embedder, download=download)[0], weights_entry(embedder)
+
+    return open_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class SCVFPStudy(Study):
+    "A grid of SC-VFP runs; a setting is a recipe."
+
     arms: tuple[str, ...]  # of ARMS
     seeds: tuple[int, ...]  # whole numbers
 
-    def run(
-        self,
-        name: str,  # the study's
-        settings: dict,  # those of its settings that are wanted
-        *,
-        root,  # the results folder
-        shard: tuple[int, int] = (0, 1),  # which, of how many processes
-        download: bool = False,  # allow getting weights
-    ) -> None:
-        "Every missing cell is run and recorded."
-        encoders = {}
+    def _run(self, grid):
+        return run_grid(grid.study, grid.settings, self.arms, self.seeds, splits_opener(grid.download), root=grid.root, shard=grid.shard)
 
-        def open_data(recipe):
-            if recipe.encoder not in encoders:
-                encoders[recipe.encoder] = recipe.encoder.load(download=download)
-            embedder = encoders[recipe.encoder]
-            return open_splits(recipe, embedder, download=download)[0], weights_entry(embedder)
-
-        run_grid(name, settings, self.arms, self.seeds, open_data, root=root, shard=shard)
-
-    def table(
-        self,
-        records: list,  # all of the study's
-        setting: str,  # which
-    ) -> str | None:
-        "Markdown, or None while there is nothing to compare with."
-        return markdown_table(comparison(records, setting)) if any(r.run.startswith(f"{setting}--ridge") for r in records) else None
+    def _table(self, records, setting):
+        return markdown_table(comparison(records, setting)) if any(r.run == f"{setting}--ridge" for r in records) else None
 
 
 def kth_settings() -> dict[str, SCVFPRecipe]:
@@ -320,7 +311,7 @@ def kth_settings() -> dict[str, SCVFPRecipe]:
             "cls-person": replace(base, encoder=cls), "layer9-mean-all": replace(base, person_frames=False)}
 
 
-SC_VFP_KTH = Study(
+SC_VFP_KTH = SCVFPStudy(
     question="Does SC-VFP beat copy-last and ridge on KTH walking and running, and does the kind of attention matter?",
     settings=kth_settings, seeds=(0, 1, 2, 3, 4),
     arms=("mhsa_chunked", "mhsa", "mhsa_wide", "scmhsa_half", "scmhsa", "scmhsa_similarity", "scmhsa_folded", "hybrid"))

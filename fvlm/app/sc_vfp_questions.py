@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['SIZE_ARMS', 'WIDTH_ARMS', 'SIMILARITIES', 'PLACES', 'WHOLE', 'SC_VFP_QUESTIONS', 'question_settings', 'QuestionStudy']
 
-# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #e1a41f62
-from collections.abc import Callable
+# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #ea6c83e8
 from dataclasses import dataclass
 
-from .sc_vfp_commands import weights_entry
+from .sc_vfp_commands import splits_opener
 from ..evidence.sc_vfp_cells import question_table, run_questions
 from ..recipes.sc_vfp_questions import QuestionRecipe, question_base
-from ..training.recipes import SCVFPRecipe, open_splits
+from ..training.study import Study
 
-# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #1889f7e1
+# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #3e99b4eb
 SIZE_ARMS = ("mhsa_chunked", "mhsa", "mhsa_wide", "scmhsa", "scmhsa_folded")  # against the share of the clips
 WIDTH_ARMS = ("rank2", "rank4", "shared_kv", "hybrid", "mhsa_on_ridge", "scmhsa_on_ridge", "scmhsa_with_ridge", "five_with_ridge")  # at all clips only
 SIMILARITIES = (("cos2", 0.1), ("cos2", 1.0), ("cos2", 10.0), ("pull", 1.0), ("cos2", 0.01), ("cos2", 0.7), ("cos", 1.0))  # of full-width heads; 0 is the arm scmhsa
@@ -39,41 +38,17 @@ def question_settings() -> dict[str, dict[str, QuestionRecipe]]:
         found[f"{data}-{read_out}-{round(100 * share)}"] = arms
     return found
 
-# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #6b688ed2
+# %% ../../nbs/90_app/106_sc_vfp_questions.ipynb #860fd37a
 @dataclass(frozen=True, kw_only=True)
-class QuestionStudy:
-    "A grid of question cells, as `fvlm study` runs it."
+class QuestionStudy(Study):
+    "A grid of question cells, run seed by seed; a setting is a dictionary of recipes by the name of their arm."
 
-    question: str  # one sentence
-    settings: Callable[[], dict]  # setting -> arm's name -> QuestionRecipe
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # whole numbers
 
-    def run(
-        self,
-        name: str,  # the study's
-        settings: dict,  # those of its settings that are wanted
-        *,
-        root,  # the results folder
-        shard: tuple[int, int] = (0, 1),  # which, of how many processes
-        download: bool = False,  # allow getting weights
-    ) -> None:
-        "Every missing cell is run and recorded, seed by seed."
-        encoders = {}
+    def _run(self, grid):
+        return run_questions(grid.study, grid.settings, self.seeds, splits_opener(grid.download), root=grid.root, shard=grid.shard)
 
-        def open_data(recipe: SCVFPRecipe):
-            if recipe.encoder not in encoders:
-                encoders[recipe.encoder] = recipe.encoder.load(download=download)
-            embedder = encoders[recipe.encoder]
-            return open_splits(recipe, embedder, download=download)[0], weights_entry(embedder)
-
-        run_questions(name, settings, self.seeds, open_data, root=root, shard=shard)
-
-    def table(
-        self,
-        records: list,  # all of the study's
-        setting: str,  # which
-    ) -> str | None:
-        "Markdown, or None while there is nothing to compare with."
+    def _table(self, records, setting):
         return question_table(records, setting)
 
 

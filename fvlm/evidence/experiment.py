@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'BASELINES', 'standardised_mse', 'cosine', 'judge', 'over_clips', 'fitted_baseline', 'Trained',
-           'train_arm', 'described', 'same_recipe', 'write_cell', 'run_grid', 'Row', 'errors_of', 'skill_interval',
-           'comparison', 'markdown_table']
+           'train_arm', 'described', 'recipe_differences', 'write_cell', 'run_grid', 'Row', 'errors_of',
+           'skill_interval', 'comparison', 'markdown_table']
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #aa7c9897
+# %% ../../nbs/70_evidence/71_experiment.ipynb #793976cc
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import ConfigError, InputError
+from ..core import InputError
 from ..encoders.embedding_windows import EmbeddingWindows
 from .statistics import Interval, paired_bootstrap
 from ..models.baselines import CopyLast, LinearExtrapolation, MeanPredictor, RidgeRegression
@@ -26,9 +26,10 @@ from ..training.batches import evaluate
 from ..training.embedding_splits import EmbeddingSplits
 from ..training.loop import TrainConfig, TrainResult, train
 from ..training.recipes import SCVFPRecipe, model_config
-from ..training.records import RunRecord, mean_by_clip, plain_data, read_records, write_record
+from ..training.records import RunRecord, config_differences, mean_by_clip, plain_data, write_record
+from ..training.study import missing_cells
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #55ef411b
+# %% ../../nbs/70_evidence/71_experiment.ipynb #8c8d8149
 CONVENTIONS = {
     "standardised_mse": "squared error averaged over dimensions, embeddings standardised per dimension with training statistics; "
                         "mean over a clip's windows, then over clips",
@@ -67,7 +68,7 @@ def over_clips(
     "The mean over clips."
     return float(np.mean(list(by_clip.values())))
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #1d9fa147
+# %% ../../nbs/70_evidence/71_experiment.ipynb #6e5f1ec4
 BASELINES = ("mean", "copy_last", "linear", "ridge")
 
 
@@ -82,7 +83,7 @@ def fitted_baseline(
         return RidgeRegression.select((splits.train.context, splits.train.targets), (splits.val.context, splits.val.targets))
     return {"copy_last": CopyLast, "linear": LinearExtrapolation}[name]()
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #79e87d6b
+# %% ../../nbs/70_evidence/71_experiment.ipynb #c8261848
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     "A trained arm and what came of it."
@@ -114,11 +115,11 @@ def described(
     return plain_data(replace(recipe, videos=Path(recipe.videos).name, encoder=encoder))
 
 
-def same_recipe(
+def recipe_differences(
     recorded: dict,  # the config of a record
-    recipe: SCVFPRecipe,  # what would be run now
-) -> bool:
-    """Whether a record was made by this recipe.
+    now: dict,  # the config that a run would have now
+) -> list[tuple[str, str, str]]:
+    """(place, then, now) of every setting that differs.
 
     A field that is younger than the record counts as its default: new options are added so that their default is the old behaviour.
     """
@@ -126,7 +127,7 @@ def same_recipe(
         return {**default, **{k: filled(v, default[k]) if isinstance(v, dict) and isinstance(default.get(k), dict) else v for k, v in old.items()}}
 
     defaults = described(SCVFPRecipe(training=TrainConfig(steps=1)))  # a length has no default, and every record has its own
-    return filled(recorded, defaults) == described(recipe)
+    return config_differences(filled(recorded, defaults), now)
 
 
 def write_cell(
@@ -147,7 +148,7 @@ def write_cell(
         data_fingerprint=splits.fingerprint, metrics={name: over_clips(values) for name, values in by_clip.items()},
         metrics_by_clip=by_clip, conventions=CONVENTIONS, seconds=seconds)
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #45a8741e
+# %% ../../nbs/70_evidence/71_experiment.ipynb #2bbe1c87
 def run_grid(
     study: str,  # the study's name, a folder under `root`
     settings: dict[str, SCVFPRecipe],  # name -> recipe: data and encoder differ, arm and seed are filled in
@@ -163,27 +164,16 @@ def run_grid(
 
     Raises: ConfigError for a finished cell that was run with another recipe, naming the cell.
     """
-    which, shards = shard
-    if not 0 <= which < shards:
-        raise ConfigError(f"shard: got {which} of {shards}, expected 0 to {shards - 1}")
-    done = {record.run: record for record in read_records(root, study)}
     ran = []
     for setting, base in settings.items():
-        cells = [(f"{setting}--{name}", name, None) for name in BASELINES]
-        cells += [(f"{setting}--{arm}--seed{seed}", arm, seed) for seed in seeds for arm in arms]
-        open_cells = []
-        for index, (run, name, seed) in enumerate(cells):
-            recipe = base if seed is None else replace(base, arm=name, training=replace(base.training, seed=seed))
-            if run in done:
-                if not same_recipe(done[run].config, recipe):
-                    raise ConfigError(f"{study}/{run}: was run with another recipe; remove its record to run it again, or give the study another name")
-            elif index % shards == which:
-                open_cells.append((run, name, seed, recipe))
-        if not open_cells:
+        cells = {f"{setting}--{name}": (name, None, base) for name in BASELINES}
+        cells |= {f"{setting}--{arm}--seed{seed}": (arm, seed, replace(base, arm=arm, training=replace(base.training, seed=seed))) for seed in seeds for arm in arms}
+        missing = missing_cells(root, study, {run: described(recipe) for run, (_, _, recipe) in cells.items()}, shard=shard, differences=recipe_differences)
+        if not missing:
             continue
         splits, weights = open_data(base)
-        for run, name, seed, recipe in open_cells:
-            started = time.perf_counter()
+        for run in missing:
+            (name, seed, recipe), started = cells[run], time.perf_counter()
             if seed is None:
                 predictor = fitted_baseline(name, splits)
                 by_clip, parameters = judge(predictor, splits.test), predictor.num_parameters
@@ -197,7 +187,7 @@ def run_grid(
                 print(f"{run:55s} standardised MSE {over_clips(by_clip['standardised_mse']):.4f}   {seconds:6.1f} s", flush=True)
     return ran
 
-# %% ../../nbs/70_evidence/71_experiment.ipynb #addae2e3
+# %% ../../nbs/70_evidence/71_experiment.ipynb #01954ca6
 @dataclass(frozen=True, kw_only=True)
 class Row:
     "One predictor of one setting, over its seeds."
