@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILTERS', 'fill', 'named_groups', 'check_template', 'FrameRanges', 'Annotation', 'check_annotation', 'read_rows']
 
-# %% ../nbs/00_ground/07_annotation_rows.ipynb #b07d7873
+# %% ../nbs/00_ground/07_annotation_rows.ipynb #cabcca55
 import csv
 import json
 import re
@@ -17,7 +17,7 @@ from typing import Literal
 from .core import ConfigError, InputError
 from .strict_yaml import nearest
 
-# %% ../nbs/00_ground/07_annotation_rows.ipynb #6358f78d
+# %% ../nbs/00_ground/07_annotation_rows.ipynb #321cba85
 FILTERS = {
     "words": lambda text: re.sub(r"[_\-]+", " ", re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)).lower(),  # ApplyEyeMakeup -> apply eye makeup
     "plain": lambda text: re.sub(r"[\[\]]", "", text),  # Holding [something] -> Holding something
@@ -57,7 +57,7 @@ def _slots(template: str) -> list[tuple[str, str | None, list[str]]]:
         after = slot.end()
     return [*found, (template[after:], None, [])]
 
-# %% ../nbs/00_ground/07_annotation_rows.ipynb #4e6e656b
+# %% ../nbs/00_ground/07_annotation_rows.ipynb #a3cc4849
 def named_groups(
     pattern: str | None,  # a regular expression, or none
     where: str,  # the dotted path, for the message
@@ -84,7 +84,7 @@ def check_template(
             if name not in FILTERS:
                 raise ConfigError(f"{where}: filter {name!r} is unknown, expected one of {', '.join(FILTERS)}{nearest(name, FILTERS)}")
 
-# %% ../nbs/00_ground/07_annotation_rows.ipynb #b41e3efa
+# %% ../nbs/00_ground/07_annotation_rows.ipynb #e2b0ab4c
 @dataclass(frozen=True, kw_only=True)
 class FrameRanges:
     "Frame ranges in a row of an annotation, turned into half-open ranges that count from 0."
@@ -115,7 +115,7 @@ class Annotation:
     lists_items: bool = False  # does every row name an item that should be there?
     optional: bool = False  # may a split do without it? Items that only it places then stand on no side
 
-# %% ../nbs/00_ground/07_annotation_rows.ipynb #fd56ae06
+# %% ../nbs/00_ground/07_annotation_rows.ipynb #1b83136d
 def check_annotation(
     note: Annotation,  # any
     where: str,  # the dotted path to it, for the message
@@ -134,7 +134,7 @@ def check_annotation(
         check_template(note.ranges.text, row, f"{where}.ranges.text")
     return set(note.fields) | ({note.ranges.to} if note.ranges else set())
 
-# %% ../nbs/00_ground/07_annotation_rows.ipynb #54634194
+# %% ../nbs/00_ground/07_annotation_rows.ipynb #75fc02a4
 def read_rows(
     note: Annotation,  # what the card says about the file
     path,  # the file
@@ -152,7 +152,7 @@ def read_rows(
         common |= {k: v for k, v in found.groupdict().items() if v is not None}
     try:
         rows = _READERS[note.kind](note, path)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, NotImplementedError, csv.Error) as error:  # NotImplementedError: scipy's, for MATLAB 7.3 files, which are HDF5
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as {note.kind} ({error})") from error
     return [common | {"row": str(i)} | {k: v for k, v in row.items() if v not in (None, "")} for i, row in enumerate(rows, 1)]
 
@@ -186,10 +186,13 @@ def _matlab(note: Annotation, path: Path) -> list[dict]:
     import zlib
 
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
+    from scipy.io.matlab import MatReadError, matfile_version
 
     try:
-        content = loadmat(path, variable_names=list(note.columns), squeeze_me=True)
+        with open(path, "rb") as file:
+            if matfile_version(file)[0] == 2:
+                raise ValueError("a MATLAB 7.3 file, which is HDF5; expected one saved with -v7 or older")
+            content = loadmat(file, variable_names=list(note.columns), squeeze_me=True)
     except (MatReadError, TypeError, IndexError, AttributeError, OverflowError, MemoryError, zlib.error, struct.error) as error:  # what scipy lets out for broken files
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return [{c: str(content[c]) for c in note.columns}]

