@@ -55,6 +55,12 @@ def write(path, frames, codec="libx264", pixel_format="yuv420p", options=None, v
     return Path(path)
 
 
+def write_video(path, frames):
+    "Write a uint8 (T,H,W,3) tensor as the plainest of films, in a folder that is made if need be; its path."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write(path, frames.numpy(), codec="mpeg4")
+
+
 def write_sound(path):
     "Write a file with sound and no picture."
     import av

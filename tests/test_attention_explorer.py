@@ -1,9 +1,7 @@
 """The attention explorer seen from Python: what goes to the browser, what its page holds, and one sentence for every mistake."""
 import base64
 import io
-import json
 import re
-import zlib
 
 import numpy as np
 import pytest
@@ -15,9 +13,11 @@ from fvlm.core import ConfigError, InputError, ShapeError, VideoError
 from fvlm.encoders.embeddings import FrameEmbedder
 from fvlm.encoders.keys_values import VisionEncoder
 from fvlm.instruments.attention_cube import AttentionCube, Cells, tempered
-from fvlm.instruments.attention_explorer import EAGER_BYTES, STATIC, AttentionExplorer, fitting, jpegs
+from fvlm.instruments.attention_explorer import EAGER_BYTES, AttentionExplorer, fitting
+from fvlm.instruments.live_picture import STATIC
 from fvlm.models.foveated_vlm import FoveatedVLM
 from fvlm.models.sc_vfp import SCVFP, SCVFPConfig
+from tests.widget_pages import state_of
 
 SCRIPT = STATIC / "attention_explorer.js"
 
@@ -105,13 +105,6 @@ def test_a_chunk_too_large_loses_askers_and_says_so():
         fitting(time)
 
 
-def test_frames_go_as_jpegs_of_their_own_size_at_most():
-    assert [Image.open(io.BytesIO(one)).size for one in jpegs(clip(2, 720, 1280).numpy() // 8)] == [(480, 270)] * 2
-    assert Image.open(io.BytesIO(jpegs(clip(1, 36, 36).numpy())[0])).size == (288, 288)
-    many = jpegs(clip(60, 240, 320).numpy() // 4 + 90)
-    assert sum(map(len, many)) < 1_000_000 and Image.open(io.BytesIO(many[0])).size == (160, 120)
-
-
 # --- traits ------------------------------------------------------------------------------------------------------------
 
 def test_traits_say_what_is_shown(explorer):
@@ -158,21 +151,12 @@ def test_observers_hear_the_browser(explorer):
 
 # --- pages and pictures ------------------------------------------------------------------------------------------------
 
-def unpacked(text):
-    "The state of a page, and its chunks by name."
-    part = lambda name: re.search(rf'<script type="[^"]+" id="{name}">(.*?)</script>', text, re.DOTALL)[1]
-    state, planes = json.loads(part("state")), np.frombuffer(zlib.decompress(base64.b64decode(part("attention"))), np.uint8)
-    together = np.stack(np.split(planes, 2), 1).tobytes()
-    starts = np.cumsum([0, *state["lengths"]])
-    return state, {name: together[a:b] for name, a, b in zip(state["names"], starts, starts[1:])}
-
-
 def test_a_page_holds_everything_and_asks_for_nothing(explorer, tmp_path):
     explorer.query, explorer.layer, explorer.temperature = 5, 0, 2.0
     path = explorer.save_html(tmp_path / "explorer.html")
     text = path.read_text(encoding="utf-8")
-    state, chunks = unpacked(text)
-    assert chunks == explorer._chunks and state["traits"]["query"] == 5 and state["traits"]["temperature"] == 2.0 and state["about"]["eager"]
+    state = state_of(text)
+    assert (chunks := state["_chunks"]) == explorer._chunks and state["_pictures"] == explorer._pictures and state["query"] == 5 and state["temperature"] == 2.0 and state["_about"]["eager"]
     assert not re.search(r"https?://|src=|@import|url\(", text) and text.count("<script") == text.count("</script>") == 4
     assert "two &lt;passes&gt;" in text and "two <passes>" not in text
     data = sum(map(len, chunks.values())) + sum(map(len, explorer._pictures))
@@ -194,8 +178,8 @@ def test_a_page_of_a_fetched_cube_holds_all_of_it(tmp_path):
     assert not explorer.whole or len(explorer._chunks) == 6
     lazy = AttentionExplorer(large(6, 4, 3, 16), clip(3))
     assert not lazy.whole
-    state, chunks = unpacked(lazy.save_html(tmp_path / "all.html").read_text(encoding="utf-8"))
-    assert len(chunks) == 18 and state["about"]["eager"] and state["about"]["notes"] == []
+    state = state_of(lazy.save_html(tmp_path / "all.html").read_text(encoding="utf-8"))
+    assert len(state["_chunks"]) == 18 and state["_about"]["eager"] and state["_about"]["notes"] == []
     with pytest.raises(InputError, match="would hold 9 MB of attention, at most 5 are allowed.*only"):
         lazy.save_html(tmp_path / "less.html", max_megabytes=5)
     assert not (tmp_path / "less.html").exists()
@@ -213,17 +197,6 @@ def test_the_bundle_has_a_still_picture(explorer):
     data, metadata = explorer._repr_mimebundle_()
     assert Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).width > 700 and len(data["image/png"]) < 200_000
     assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.model_id and data["text/plain"] == "two <passes>"
-
-
-def test_displaying_shows_the_picture_first_and_the_widget_after(explorer, monkeypatch):
-    import IPython.display
-
-    shown = []
-    monkeypatch.setattr(IPython.display, "display", lambda data, **options: shown.append((data, options)))
-    explorer._ipython_display_()
-    (still, options), (live, _) = shown
-    assert "image/png" in still and "application/vnd.jupyter.widget-view+json" not in still and options["metadata"] == {"needs_background": "light"}
-    assert "application/vnd.jupyter.widget-view+json" in live
 
 
 # --- models ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,13 @@ def test_the_file_holds_at_least_thirty_testable_claims_of_sc_vfp_and_a_reason_f
     for c in claims:
         assert c.says.endswith((".", "!")) and c.place and (c.tests or c.reason), c.id
         assert c.study in notebooks | planned, c.id
+
+
+def test_a_threshold_says_whose_it_is():
+    for c in load_claims():
+        for test in (*c.tests, *c.controls):
+            if test["effect"] != "exact" and not {end for end in test["claimed"] if end} <= {1}:
+                assert re.search(r"\bours?\b|the source's|the line of sc19", c.protocol), f"{c.id}: {test['claimed']}, and the protocol does not say whether that is the source's number or ours"
 
 
 def test_every_exact_test_names_a_fact_and_every_run_is_a_study_and_a_run():
@@ -123,7 +131,8 @@ def test_a_pattern_of_metrics_is_their_mean_and_effects_have_the_right_size(resu
     one, both = (next(iter(ledger.table("toy/b", m)[0].values())) for m in ("frame_03", "frame_0[34]"))
     assert both == pytest.approx(2 * one)
     growth = dict(label="g", of="toy/a", against="toy/b", before_of="toy/b", before_against="toy/b", effect="growth", claimed=[0, None])
-    assert measured(growth, ledger).value == pytest.approx(np.log(2))
+    for metrics in ({}, dict(metric="frame_03", metric_against="frame_04")):
+        assert measured({**growth, **metrics}, ledger).value == pytest.approx(np.log(2)), "both pairs compare the same two metrics"
     mean = np.mean(ledger.paired(("toy/a", "standardised_mse"))[0])
     assert measured(dict(label="v", of="toy/a", effect="value", claimed=[0, 1]), ledger).value == pytest.approx(mean)
 

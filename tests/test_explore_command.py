@@ -1,10 +1,7 @@
 """`fvlm explore`: a page of an encoder, of a foveated VLM and of SC-VFP, and one sentence for every mistake."""
-import base64
-import json
 import re
 from dataclasses import asdict, replace
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,20 +18,15 @@ from fvlm.models.foveated_vlm import FoveatedVLM
 from fvlm.models.sc_vfp import SCVFP, SCVFPConfig
 from fvlm.recipes.foveated_vlm import load_parts, tiny
 from fvlm.training.recipes import EncoderChoice, sc_vfp
+from tests.hostile_videos import write_video
+from tests.widget_pages import state_of
 
 FRAMES = BouncingSprites(num_clips=1, num_frames=40, seed=3)[0]["frames"]
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip") / "balls.mp4"
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = FRAMES.shape[2], FRAMES.shape[1], "yuv420p"
-        for frame in FRAMES.numpy():
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
-    return path
+    return write_video(tmp_path_factory.mktemp("clip") / "balls.mp4", FRAMES)
 
 
 @pytest.fixture
@@ -42,10 +34,6 @@ def tiny_encoder(monkeypatch):
     "Random weights in place of real ones, whatever the name."
     monkeypatch.setattr(FrameEmbedder, "from_pretrained", classmethod(lambda cls, name, *args, **options: FrameEmbedder.tiny(pooling="mean")))
     monkeypatch.setitem(cli.COMMANDS, "explore", ("fvlm.app.explore_command:ExploreCommand", "a page"))
-
-
-def state_of(page):
-    return json.loads(re.search(r'id="state">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)[1])
 
 
 def test_which_frames(clip):
@@ -65,10 +53,10 @@ def test_twelve_patches_a_side():
 def test_an_encoders_page(clip, tiny_encoder, tmp_path, capsys):
     page, still = tmp_path / "e.html", tmp_path / "e.png"
     assert cli.main(["explore", str(clip), "--out", str(page), "--picture", str(still), "--frames", "3", "--layers", "2"]) == 0
-    said, state = capsys.readouterr(), state_of(page)
+    said, state = capsys.readouterr(), state_of(page.read_text())
     assert "3 frames, patch to patch (1 layers, 2 heads)" in said.out and "balls.mp4" in said.out
-    (cube,) = state["about"]["cubes"]
-    assert cube["numbers"] == [2] and cube["frames"] == 3 and state["about"]["labels"] == ["frame 0", "frame 20", "frame 39"] and not re.search("https?://", page.read_text())
+    (cube,) = state["_about"]["cubes"]
+    assert cube["numbers"] == [2] and cube["frames"] == 3 and state["_about"]["labels"] == ["frame 0", "frame 20", "frame 39"] and not re.search("https?://", page.read_text())
     assert Image.open(still).format == "PNG"
 
 
@@ -78,7 +66,7 @@ def test_a_foveated_runs_page(clip, tmp_path, capsys):
     model = FoveatedVLM(recipe.model.changed(embed_dim=parts.encoder.embed_dim, hidden_size=parts.language_model.hidden_size), parts.encoder, parts.language_model)
     save_foveation_run(tmp_path / "run", model, recipe, 3)
     assert ExploreCommand(clip=clip, run_folder=tmp_path / "run", out=tmp_path / "g.html", quiet=True).run() == 0
-    about = state_of(tmp_path / "g.html")["about"]
+    about = state_of((tmp_path / "g.html").read_text())["_about"]
     assert [cube["name"] for cube in about["cubes"]] == ["coarse", "fine"] and about["cubes"][1]["frames"] == recipe.frames and about["cubes"][1]["path"] is not None
     assert about["labels"][1] == f"frame {int(about['labels'][0].split()[1]) + recipe.gap}"
 
@@ -91,7 +79,7 @@ def test_a_predictors_page(clip, tmp_path, monkeypatch):
     write_json(folder / "run.json", dict(format=1, recipe=asdict(recipe), standardiser=Standardiser.fit([np.random.default_rng(0).normal(size=(50, 32)).astype("float32")]).state(),
                                          encoder_fingerprint=embedder.fingerprint, data_fingerprint="", sides={}))
     assert ExploreCommand(clip=clip, run_folder=folder, out=tmp_path / "t.html", frames=6, quiet=True).run() == 0
-    about = state_of(tmp_path / "t.html")["about"]
+    about = state_of((tmp_path / "t.html").read_text())["_about"]
     assert about["cubes"][0]["seen"] == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]] and about["labels"][1] == "4 to 12"
     with pytest.raises(VideoError, match="gives 2 frames, 30 apart; one window of this run needs 3"):
         ExploreCommand(clip=clip, run_folder=folder, stride=30, out=tmp_path / "t.html", quiet=True).run()
@@ -135,5 +123,5 @@ def test_real_weights(clip, tmp_path):
         assert ExploreCommand(clip=clip, out=tmp_path / "e.html", size=70, frames=2, quiet=True).run() == 0
     except WeightsError as error:
         pytest.skip(str(error)[:80])
-    state = state_of(tmp_path / "e.html")
-    assert state["about"]["cubes"][0]["layers"] == 12 and base64.b64decode(re.search(r'id="pictures">(.*?)</script>', (tmp_path / "e.html").read_text())[1])[:2] == b"\xff\xd8"
+    state = state_of((tmp_path / "e.html").read_text())
+    assert state["_about"]["cubes"][0]["layers"] == 12 and state["_pictures"][0][:2] == b"\xff\xd8"

@@ -3,7 +3,6 @@ import json
 import re
 from dataclasses import asdict, replace
 
-import av
 import pytest
 import torch
 
@@ -20,18 +19,9 @@ from fvlm.blocks.prediction_heads import HEADS
 from fvlm.core import ConfigError, InputError, VideoError, WeightsError
 from fvlm.data.worlds import BouncingSprites
 from fvlm.recipes.foveated_vlm import FoveationRecipe, load_parts, open_clips, tiny, train_twin
+from tests.hostile_videos import write_video
 
 FRAMES = BouncingSprites(num_clips=1, num_frames=40, seed=3)[0]["frames"]
-
-
-def write_video(path, frames):
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        for frame in frames.numpy():
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
-    return path
 
 
 def speaking(**changes):

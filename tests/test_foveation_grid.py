@@ -3,11 +3,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import fvlm.evidence.foveation_grid as grid
 from fvlm.core import ConfigError, InputError
 from fvlm.evidence.foveation_grid import (
-    PLAIN, Cell, at_equal_flops, by_clip_and_frame, cells_of, errors_from_records, from_record, gigaflops_per_step, grid_table, protocols, run_foveation_grid,
+    PLAIN, Cell, CountedOperations, at_equal_flops, by_clip_and_frame, cells_of, errors_from_records, from_record, gigaflops_per_step, grid_table, protocols, run_foveation_grid,
 )
 from fvlm.evidence.foveation_protocol import ARMS
 from fvlm.evidence.query_swaps import path_errors
@@ -121,6 +122,14 @@ def test_ideas_are_switched_on_in_their_cells(opened):
     assert cells["contrastive_centred", "fine"].contrastive_weight > 0 == cells["contrastive_centred", "coarse"].contrastive_weight
     with pytest.raises(ConfigError, match="ideas: got 'topk'"):
         cells_of(["tiny"], ["film"], ["topk"], [0])
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_operations_are_counted_in_every_mode(mode):
+    net, x = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(5 * 16, 7)), torch.rand(2, 3, 4, 4)
+    with mode(), CountedOperations() as counted:
+        net(x)
+    assert counted.total == 2 * 2 * (16 * 5 * 3 * 9 + 5 * 16 * 7)
 
 
 def test_operations_are_counted_and_can_be_made_equal(opened):

@@ -118,6 +118,20 @@ def test_folded_attention_is_silenced_alike():
     assert np.allclose(ablation_effects(folded, batch), ablation_effects(model, batch), rtol=1e-3)
 
 
+@pytest.mark.parametrize("attention", ["scmhsa", "mhsa", "mhsa_chunked", "scmhsa_folded", "hybrid"])
+def test_every_kind_of_attention_is_silenced_as_it_is_shown(attention):
+    model = SCVFP(SCVFPConfig.preset("tiny", attention=attention, predict="embedding"), seed=0)
+    batch = {"embeddings": draws(6, 5, 16)}
+    with torch.no_grad():
+        seen = model.eval()(batch, intermediates=True)
+        effects = ablation_effects(model, batch)
+        block = getattr(model.encoder.blocks[-1].attention, "concentrated", model.encoder.blocks[-1].attention)
+        block.proj.weight.zero_()
+    assert effects.shape == (len(seen["heads"]), seen["heads"][0].shape[1]) and effects.min() > 0
+    assert head_tsne(seen["heads"], effects=effects, perplexity=5).effect.shape == effects.shape
+    assert np.array_equal(ablation_effects(model, batch)[-1], np.zeros(effects.shape[1])), "the heads that are shown are not those that were silenced"
+
+
 def test_a_constant_head_is_dead_however_long():
     heads = draws(20, 4, 5, 8)
     heads[:, 1] = 9.0

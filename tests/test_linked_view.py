@@ -10,6 +10,7 @@ from PIL import Image
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError, generator, numpy_generator
 from fvlm.instruments.linked_view import LinkedView, head_map
 from fvlm.objectives.attention_statistics import normalised_entropy
+from tests.widget_pages import state_of
 
 FRAMES = numpy_generator(0, "frames").integers(0, 256, (4, 16, 24, 3), dtype=np.uint8)
 
@@ -106,8 +107,8 @@ def test_the_selection_stays_inside(view):
 def test_page_and_picture(view, tmp_path):
     view.layer, view.head, view.frame = 1, 2, 3
     page = view.save_html(tmp_path / "v.html").read_text(encoding="utf-8")
-    state = json.loads(re.search(r'<script id="state" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
-    assert (state["layer"], state["head"], state["frame"]) == (1, 2, 3)
+    state = state_of(page)
+    assert (state["layer"], state["head"], state["frame"]) == (1, 2, 3) and state["_heat"] == view._heat and state["_sheet"] == view._sheet
     assert not re.search(r'(?:src|href|import|fetch)[=(\s]+["\']?(?:https?:)?//', page)
     assert Image.open(view.save_png(tmp_path / "v.png")).size == view.picture().size
     assert view.picture().tobytes() != (setattr(view, "head", 0), view.picture())[1].tobytes()

@@ -1,5 +1,4 @@
 """PredictionScrubber: what is shown beside what, its numbers, its page and picture, bad input."""
-import json
 import math
 import re
 
@@ -9,8 +8,10 @@ import torch
 from PIL import Image
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError, numpy_generator
+from fvlm.instruments.live_picture import MAX_SIDE
 from fvlm.instruments.nearest_frames import nearest_frames
-from fvlm.instruments.prediction_scrubber import COPY_LAST, MAX_SIDE, PredictionScrubber, _sheet, widget_page
+from fvlm.instruments.prediction_scrubber import COPY_LAST, PredictionScrubber
+from tests.widget_pages import state_of
 
 
 def film(n, seed=0, height=12, width=16):
@@ -28,12 +29,6 @@ def frames_of(sheet, n, height, width):
 
     picture = np.asarray(Image.open(io.BytesIO(sheet)).convert("RGB"))
     return np.stack([picture[i // 8 * height: (i // 8 + 1) * height, i % 8 * width: (i % 8 + 1) * width] for i in range(n)])
-
-
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 20])
-def test_a_sheet_holds_every_frame_unchanged(n):
-    frames = film(n, n)
-    assert np.array_equal(frames_of(_sheet(frames), n, 12, 16), frames)
 
 
 def test_errors_are_mean_squares_and_copy_last_is_always_there(scrubber):
@@ -123,16 +118,11 @@ def test_the_models_of_this_package():
 def test_the_page_needs_nothing_else(scrubber, tmp_path):
     scrubber.horizon, scrubber.playing, scrubber.title = 4, True, "a </script> & <b>"
     page = scrubber.save_html(tmp_path / "p.html").read_text(encoding="utf-8")
-    state = json.loads(re.search(r'<script id="state" type="application/json">(.*?)</script>', page, re.DOTALL)[1].replace("<\\/", "</"))
-    assert state["horizon"] == 4 and state["playing"] is False and len(state["_sheets"]) == 4
+    state = state_of(page)
+    assert state["horizon"] == 4 and state["playing"] is False and state["_sheets"] == scrubber._sheets and state["_scene"] == scrubber._scene
     assert not re.search(r'(?:src|href|import|fetch)[=(\s]+["\']?(?:https?:)?//', page)
-    assert "a &lt;/script&gt; &amp; &lt;b&gt;" in page and page.count("</script>") == 3
+    assert "a &lt;/script&gt; &amp; &lt;b&gt;" in page and page.count("</script>") == 4
     assert (tmp_path / "p.html").stat().st_size <= 4 / 3 * sum(map(len, scrubber._sheets)) + 200_000
-
-
-def test_a_page_keeps_text_that_looks_like_markup():
-    page = widget_page("// </script> <!-- not the end", {"a": "</script>", "b": b"\x00\xff"}, "t")
-    assert page.count("</script>") == 3 and '"$bytes":"AP8="' in page
 
 
 def test_the_picture_stands_in_where_nothing_is_live(scrubber, tmp_path):

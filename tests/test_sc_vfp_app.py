@@ -4,7 +4,6 @@ import re
 import shutil
 from dataclasses import replace
 
-import av
 import pytest
 import torch
 
@@ -18,16 +17,7 @@ from fvlm.encoders.embeddings import FrameEmbedder
 from fvlm.evidence.experiment import BASELINES
 from fvlm.training.recipes import ARMS, ModelSize, load_recipe
 from fvlm.training.saved_runs import SavedRun
-
-
-def write_video(path, frames):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        for frame in frames.numpy():
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
+from tests.hostile_videos import write_video
 
 
 @pytest.fixture(scope="module")

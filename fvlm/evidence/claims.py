@@ -6,7 +6,7 @@
 __all__ = ['VERDICTS', 'SOURCES', 'EFFECTS', 'Claim', 'load_claims', 'Ledger', 'Effect', 'inside', 'measured', 'JudgedClaim',
            'judge_claims', 'claims_table']
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #07920922
+# %% ../../nbs/70_evidence/80_claims.ipynb #9a5930c0
 import json
 import re
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from .statistics import Interval, paired_bootstrap
 from ..recipes.published_numbers import EXACT, maximum_that_gives, psnr_that_two_percentages_imply
 from ..training.records import RunRecord, read_records
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #eafd6573
+# %% ../../nbs/70_evidence/80_claims.ipynb #8cc37137
 VERDICTS = ("upheld", "not upheld", "confounded", "not decided", "not run yet", "not testable here")
 SOURCES = {
     "000_2c225b8339b00e91.txt": "SC-VFP: semantic dilution in next-frame prediction (arXiv 2501.16753)",
@@ -88,7 +88,7 @@ def load_claims(
         raise InputError("claims: two of them have the same id")
     return found
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #a26c5186
+# %% ../../nbs/70_evidence/80_claims.ipynb #95076e17
 class Ledger:
     "The records below a results folder, read once."
 
@@ -145,7 +145,7 @@ class Ledger:
             raise InputError(f"{' and '.join(run for run, _ in sides)}: saw different data; a difference between them would say nothing")
         return [np.array([[t[None if set(t) == {None} else seed][clip] for clip in clips_of] for seed in seeds]) for clips_of in clips for t in tables]
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #8496843f
+# %% ../../nbs/70_evidence/80_claims.ipynb #ba023976
 @dataclass(frozen=True, kw_only=True)
 class Effect:
     "What one test found."
@@ -182,7 +182,7 @@ def inside(
         return "upheld"
     return "not upheld" if high < bottom or low > top else "not decided"
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #83602b2d
+# %% ../../nbs/70_evidence/80_claims.ipynb #1168e558
 def measured(
     test: dict,  # of a claim
     ledger: Ledger,  # the records
@@ -197,7 +197,7 @@ def measured(
         value = fact()
         return Effect(**common, value=value, interval=None, verdict="not run yet" if value is None else inside(value, value, test["claimed"]))
     names = ["of", *(["against"] if kind != "value" else []), *(["before_of", "before_against"] if kind == "growth" else [])]
-    tables = ledger.paired(*((test[name], test.get("metric_against", metric) if name == "against" else metric) for name in names))
+    tables = ledger.paired(*((test[name], test.get("metric_against", metric) if name.endswith("against") else metric) for name in names))
     if tables is None or tables[0].size < 2:
         return Effect(**common, value=None, interval=None, verdict="not run yet")
     if kind == "growth":
@@ -217,7 +217,7 @@ def _maximum_that_two_percentages_imply(ledger: Ledger) -> float | None:
 
 _FACTS_OF_RECORDS: dict[str, Callable] = {"maximum_that_two_percentages_imply": _maximum_that_two_percentages_imply}
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #90ddf8d2
+# %% ../../nbs/70_evidence/80_claims.ipynb #d06406a0
 @dataclass(frozen=True, kw_only=True)
 class JudgedClaim:
     "A claim and what the records say to it."
@@ -260,7 +260,7 @@ def judge_claims(
     return [JudgedClaim(claim=claim, effects=[measured(t, ledger) for t in claim.tests], controls=[measured(t, ledger) for t in claim.controls])
             for claim in (load_claims() if claims is None else claims)]
 
-# %% ../../nbs/70_evidence/80_claims.ipynb #14fa6aa3
+# %% ../../nbs/70_evidence/80_claims.ipynb #d1ef8f67
 def claims_table(
     judged: list[JudgedClaim],  # from `judge_claims`
 ) -> str:

@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'CONVENTIONS', 'Cell', 'cells_of', 'by_clip_and_frame', 'fro
            'gigaflops_per_step', 'described', 'run_cell', 'run_trivial', 'run_foveation_grid', 'at_equal_flops',
            'errors_from_records', 'protocols', 'grid_table']
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #1aa0b190
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #686b51d2
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from ..recipes.foveated_vlm import FoveationRecipe, Parts, build, load_parts, op
 from ..recipes.planted_foveation import ARMS
 from ..training.records import RunRecord, config_differences, plain_data, read_records, write_record
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #a8468b3d
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #487f84ce
 PLAIN = "plain"
 
 
@@ -70,7 +70,7 @@ def cells_of(
         check_choice("ideas", idea, (PLAIN, *IDEAS))
     return [Cell(setting=setting, head=head, idea=idea, arm=arm, seed=seed) for seed in seeds for setting in settings for head in heads for idea in ideas for arm in ARMS]
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #84a3e0ba
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #afa1a551
 CONVENTIONS = {"*_frame_*": "mean squared error of one frame's prediction in the space of the target, mean over channels and sites; frames counted from 1",
                "gigaflops_per_step": "floating-point operations of one forward and backward of a batch, counted operator by operator, in 1e9"}
 
@@ -100,17 +100,22 @@ def from_record(
     return np.array([[record.metrics_by_clip.get(key, {}).get(clip, np.nan) for key in keys] for clip in clips])
 
 
-class CountedOperations(TorchDispatchMode):
-    "Inside, `total` grows by the floating-point operations of every matrix product, convolution and attention."
+class CountedOperations(TorchDispatchMode):  # torch's FlopCounterMode also follows modules, which fails where a module's input leaves the graph
+    "Inside, `total` grows by the floating-point operations of every matrix product, convolution and attention, in `torch.inference_mode` as well."
 
     def __init__(self):
         super().__init__()
         self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        "The result, counted."
+        kwargs, count = kwargs or {}, flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:  # without autograd a layer arrives in one piece and has to be taken apart first
+                parts = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if parts is NotImplemented else parts
+        result = func(*args, **kwargs)
+        self.total += count(*args, **kwargs, out_val=result)
         return result
 
 
@@ -133,7 +138,7 @@ def described(
     "The recipe as plain data; a folder of yours is named by its last part only."
     return plain_data(recipe.named())
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #af2054c1
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #93de8615
 def run_cell(
     cell: Cell,  # which
     recipe: FoveationRecipe,  # the cell's own
@@ -259,7 +264,7 @@ def _opened(recipe: FoveationRecipe) -> tuple[Parts, dict[str, FoveationClips]]:
     parts = load_parts(recipe)
     return parts, open_clips(recipe, parts)
 
-# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #e5f9d092
+# %% ../../nbs/70_evidence/77_foveation_grid.ipynb #a6361a9d
 def errors_from_records(
     records: Sequence[RunRecord],  # of a study
     setting: str,  # which setting

@@ -6,7 +6,7 @@
 __all__ = ['FAILURES', 'MEANINGS', 'SHOWN_ROWS', 'Finding', 'Verdict', 'Panel', 'MatrixPanel', 'CurvesPanel', 'ScatterPanel',
            'panels_figure', 'markdown_table', 'Diagnosis', 'Diagnoses']
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #282dcc80
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #4d66185a
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ..core import InputError, NonFiniteError, check_choice
 from ..evidence.statistics import Interval
 from ..show import PALETTE, beside, curves, matrix, scatter
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #4d69a06e
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #8715db54
 FAILURES = ("uniform attention", "identical queries", "common mode", "head ignores h", "dead heads", "no headroom", "dead link", "twin heads")
 MEANINGS = {
     "uniform attention": "the attention is spread so evenly that looking is averaging",
@@ -30,7 +30,7 @@ MEANINGS = {
     "twin heads": "two heads that look at the same places and say the same",
 }
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #6050c113
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #58e1330b
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One check of a model: what was measured, what chance gives, and whether it counts as a failure.
@@ -85,7 +85,7 @@ class Verdict:
         said = sorted(self.findings, key=lambda finding: (not finding.failed, FAILURES.index(finding.name) if finding.failed else 0))
         return f"{', '.join(self.failures) or 'healthy'}. " + " ".join(f"{finding}." for finding in said)
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #69330520
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #0ecdd119
 @dataclass(frozen=True, kw_only=True)
 class Panel(ABC):
     "One plot of a diagnosis."
@@ -165,7 +165,7 @@ class ScatterPanel(Panel):
         return [go.Scatter(x=points[labels == name, 0], y=points[labels == name, 1], name=name, mode="markers", legendgroup=self.title, legendgrouptitle={"text": self.title}, marker={"color": PALETTE[i % len(PALETTE)], "size": 5})
                 for i, name in enumerate(dict.fromkeys(labels.tolist()))]
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #398d1f9c
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #d8112179
 def panels_figure(
     panels: Sequence[Panel],  # side by side, at least one
 ):
@@ -185,7 +185,7 @@ def panels_figure(
             figure.add_trace(trace, row=1, col=column)
     return figure.update_layout(template="plotly_white", height=380, width=max(480, 380 * len(panels) + 100), margin={"l": 60, "r": 30, "t": 50, "b": 50})
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #1c354956
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #fd62ae5c
 def markdown_table(
     rows: Sequence[Mapping],  # one mapping a row; the columns are all keys, in order of appearance
 ) -> str:
@@ -205,7 +205,7 @@ def _in_words(value):
         return {None: "", True: "yes", False: "no"}[value]
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value).replace("|", "\\|")
 
-# %% ../../nbs/80_instruments/81_diagnosis.ipynb #13259518
+# %% ../../nbs/80_instruments/81_diagnosis.ipynb #376ea716
 SHOWN_ROWS = 24  # of a table in a notebook; `.table()` has them all
 
 
@@ -220,9 +220,9 @@ class Diagnosis(ABC):
     def verdict(self) -> Verdict:
         "The findings, failed or not."
 
+    @abstractmethod
     def panels(self) -> Sequence[Panel]:
-        "What is drawn, side by side."
-        raise NotImplementedError(f"{type(self).__name__}: give panels(), or figure() and picture()")
+        "What is drawn, side by side; at least one."
 
     def figure(self):
         "An interactive plotly figure."

@@ -6,7 +6,7 @@
 __all__ = ['DEAD', 'TWIN_CKA', 'TWIN_NATS', 'linear_cka', 'ablation_effects', 'Silhouette', 'HeadTSNE', 'head_tsne', 'tsne_map',
            'silhouettes_of']
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #af1fbbd7
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #d7fa1802
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .diagnosis import Diagnosis, Finding, MatrixPanel, Panel, ScatterPanel, Ver
 from ..objectives.attention_statistics import head_cosine, jensen_shannon
 from ..training.batches import evaluating
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #5ebc6d6d
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #97cfff84
 def linear_cka(
     x: Tensor,  # (n, D) one representation of n inputs
     y: Tensor,  # (n, E) another of the same inputs
@@ -46,16 +46,19 @@ def linear_cka(
     cross, first, second = (float(part) for part in parts)
     return min(1.0, max(0.0, cross / (first * second))) if first * second > 0 else 0.0
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #26d5c18f
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #ecd1b907
 def ablation_effects(
     model: nn.Module,  # model(batch)["prediction"], with attention blocks that have num_heads and an output projection `proj`
     batch: Mapping,  # what it takes
 ) -> np.ndarray:
     """(layers, heads): the root mean square change of the prediction without a head, as a share of the predictions' own spread.
 
+    Of a folded head it is the change without what it adds to a constant; of hybrid attention, without a head of the SCMHSA side, the one that shows its heads.
     Raises: InputError for a model without such blocks, or with blocks of different numbers of heads.
     """
-    blocks = [module for module in model.modules() if isinstance(getattr(module, "proj", None), nn.Linear) and isinstance(getattr(module, "num_heads", None), int) and module.proj.in_features % module.num_heads == 0]
+    unseen = {id(module.ordinary) for module in model.modules() if hasattr(module, "concentrated")}
+    blocks = [module for module in model.modules() if isinstance(getattr(module, "proj", None), nn.Linear) and isinstance(getattr(module, "num_heads", None), int)
+              and module.proj.in_features % module.num_heads == 0 and id(module) not in unseen]
     if len({block.num_heads for block in blocks}) != 1:
         raise InputError(f"model: {type(model).__name__} has {len(blocks)} attention blocks with {sorted({block.num_heads for block in blocks})} heads, expected at least one block with num_heads and proj, and as many heads in all")
     effects = []
@@ -82,7 +85,7 @@ def _silenced(block, head):
     finally:
         hook.remove()
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #a4cbf334
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #5cb0cd02
 DEAD = 0.02  # of the layer's median head
 TWIN_CKA, TWIN_NATS = 0.98, 0.005  # at least this similar, attention at most this far apart
 
@@ -181,7 +184,7 @@ class HeadTSNE(Diagnosis):
 def _named(heads):
     return ", ".join(f"layer {layer} head {head}" for layer, head in heads[:6]) + (f" and {len(heads) - 6} more" if len(heads) > 6 else "")
 
-# %% ../../nbs/80_instruments/83_head_tsne.ipynb #7b07fc2f
+# %% ../../nbs/80_instruments/83_head_tsne.ipynb #b1661dc4
 def head_tsne(
     heads: Tensor | Sequence[Tensor],  # head outputs before the output projection, (B,H,T,head_dim), or a list over layers
     *,

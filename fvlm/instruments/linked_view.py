@@ -5,12 +5,9 @@
 # %% auto #0
 __all__ = ['MOST_DOTS', 'head_map', 'LinkedView']
 
-# %% ../../nbs/80_instruments/91_linked_view.ipynb #7c182187
+# %% ../../nbs/80_instruments/91_linked_view.ipynb #946388c0
 from collections.abc import Mapping
-from importlib.resources import files
-from pathlib import Path
 
-import anywidget
 import numpy as np
 import torch
 import traitlets
@@ -18,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import InputError, ShapeError, check_choice, check_finite, check_range, check_shape
-from ..files import written_whole
-from .prediction_scrubber import SHEET_COLUMNS, _sheet, _small_enough, show_twice, twin_bundle, widget_page
+from .head_tsne import tsne_map
+from .live_picture import SHEET_COLUMNS, STATIC, LivePicture, shrunk, sprite_sheet
 from ..objectives.attention_statistics import check_attention, normalised_entropy
 from ..pictures import as_frames, beside, heat_map_over_frame
 from ..show import matrix, scatter
 
-# %% ../../nbs/80_instruments/91_linked_view.ipynb #f9c305dc
+# %% ../../nbs/80_instruments/91_linked_view.ipynb #320eae25
 MOST_DOTS = 600
 
 
@@ -43,23 +40,21 @@ def head_map(
     if len(rows) < 5:
         raise InputError(f"vectors: got {len(rows)} in all, expected at least 5: fewer have no neighbourhoods to keep")
     perplexity = min(15.0, (len(rows) - 1) / 3) if perplexity is None else check_range("perplexity", perplexity, 1, len(rows) - 1)
-    from sklearn.manifold import TSNE
-
     spread = rows.std()
     if not spread > 0:  # all vectors alike: every place on the map is as good as any other
         return np.zeros((sizes["L"], sizes["H"], sizes["n"], 2))
-    found = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1, max_iter=500).fit_transform((rows - rows.mean(0)) / spread)
+    found = tsne_map((rows - rows.mean(0)) / spread, perplexity=perplexity, seed=seed)
     return found.reshape(sizes["L"], sizes["H"], sizes["n"], 2).astype(float)
 
-# %% ../../nbs/80_instruments/91_linked_view.ipynb #c833f73a
-class LinkedView(anywidget.AnyWidget):
+# %% ../../nbs/80_instruments/91_linked_view.ipynb #4f14b2ff
+class LinkedView(LivePicture):
     """Entropy matrix, map of heads and frame under one selection: a widget, a page, a picture.
 
     `layer`, `head` and `frame` are the selection; set them from Python too.
     Raises: ShapeError, NonFiniteError, InputError for arrays that do not belong together.
     """
 
-    _esm = Path(str(files("fvlm"))) / "static" / "linked_view.js"
+    _esm = STATIC / "linked_view.js"
     _scene = traitlets.Dict().tag(sync=True)
     _sheet = traitlets.Bytes().tag(sync=True)
     _heat = traitlets.Bytes().tag(sync=True)
@@ -79,7 +74,8 @@ class LinkedView(anywidget.AnyWidget):
         points_note: str = "",  # below it: what a dot is, how the map was made
         title: str = "Entropy, map and frame of every head",  # above everything
     ):
-        self.frames, self.heat = as_frames(frames, name="frames"), self._checked_heat(heat, frames)
+        self.frames = as_frames(frames, name="frames")
+        self.heat = self._checked_heat(heat)
         L, H, T, h, w = self.heat.shape
         points = check_finite("points", torch.as_tensor(np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points), dtype=torch.float64))
         check_shape("points", points, "L H 2" if points.ndim == 3 else "L H n 2", L=L, H=H)
@@ -92,18 +88,17 @@ class LinkedView(anywidget.AnyWidget):
         self.points_title, self.points_note = points_title, points_note
         peaks = self.heat.max((2, 3, 4))
         levels = np.round(self.heat / np.where(peaks > 0, peaks, 1)[:, :, None, None, None] * 255).astype(np.uint8)
-        small = _small_enough(self.frames)
+        small = shrunk(self.frames)
         mass = self.heat.sum((3, 4)) / np.where(peaks > 0, self.heat.sum((2, 3, 4)), 1)[:, :, None]
         dots = [[layer, head, *self.points[layer, head, i].tolist()] for layer in range(L) for head in range(H) for i in range(self.points.shape[2])]
         scene = dict(title=title, measure=measure, points_title=points_title, points_note=points_note, layers=L, heads=H, frames=T, rows=h, columns=w,
                      width=small.shape[2], height=small.shape[1], across=SHEET_COLUMNS, entropy=self.entropy.tolist(), low=float(self.entropy.min()), high=float(self.entropy.max()),
                      points=dots, peaks=peaks.tolist(), shares=mass.tolist() if h * w == 1 else None)
-        super().__init__(_scene=scene, _sheet=_sheet(small), _heat=levels.tobytes())
+        super().__init__(_scene=scene, _sheet=sprite_sheet(small), _heat=levels.tobytes())
 
-    def _checked_heat(self, heat, frames) -> np.ndarray:
+    def _checked_heat(self, heat) -> np.ndarray:
         values = check_finite("heat", torch.as_tensor(np.asarray(heat.detach().cpu().float() if isinstance(heat, Tensor) else heat), dtype=torch.float32))
-        T = len(self.frames) if hasattr(self, "frames") else len(as_frames(frames, name="frames"))
-        check_shape("heat", values, "layers heads T h w", T=T)
+        check_shape("heat", values, "layers heads T h w", T=len(self.frames))
         if 0 in values.shape or values.min() < 0:
             raise InputError(f"heat: shape {tuple(values.shape)}, smallest value {values.min().item() if values.numel() else 'none'}, expected weights >= 0 for at least one layer, head and place")
         return values.numpy()
@@ -131,33 +126,6 @@ class LinkedView(anywidget.AnyWidget):
         heat = self.heat[self.layer, self.head]
         over = heat_map_over_frame(self.frames[self.frame], heat[self.frame], height=224, smooth=False, value_range=(0, float(heat.max()) or 1), label=f"layer {self.layer}, head {self.head}, frame {self.frame}")
         return beside(drawn, dots, over)
-
-    def save_png(
-        self,
-        path,  # where to; the folder must exist
-    ) -> Path:
-        "The path of the static twin, written whole."
-        with written_whole(path) as part:
-            self.picture().save(part, format="PNG")
-        return Path(path)
-
-    def save_html(
-        self,
-        path,  # where to; the folder must exist
-    ) -> Path:
-        "The path of a page that works from disk without a network, with the selection as it is now."
-        state = {name: getattr(self, name) for name in ("_scene", "_sheet", "_heat", "layer", "head", "frame")}
-        with written_whole(path) as part:
-            Path(part).write_text(widget_page(str(self._esm), state, self.title), encoding="utf-8")
-        return Path(path)
-
-    def _repr_mimebundle_(self, **options):
-        "The live view, and the picture for whoever cannot run it."
-        return twin_bundle(super()._repr_mimebundle_(**options), self.picture())
-
-    def _ipython_display_(self):
-        "Two outputs: the picture, which steps aside where the live view stands, and the live view."
-        show_twice(self)
 
     @classmethod
     def from_outputs(

@@ -52,7 +52,7 @@ class TrainResult:
     best_checkpoint: Path | None  # out/"best"; None without out
     last_checkpoint: Path | None  # out/"step-00000070" or the like, to go on from; None without out
     record: Path | None  # the run's record; None without out and record
-    seconds: float  # wall time
+    seconds: float  # wall time of this process; what a run that was gone on with took before is not in it
     stopped: str  # "done", "patience", "interrupted" or "callback"
     monitor: str = "loss"  # the term `best` is best in
 
