@@ -6,7 +6,7 @@
 __all__ = ['curves', 'matrix', 'scatter', 'png_base64', 'PALETTE', 'as_frames', 'beside', 'flow_image', 'frame_strip',
            'heat_map_over_frame', 'marked_frame', 'stacked']
 
-# %% ../nbs/00_ground/03_show.ipynb #f54f4a91
+# %% ../nbs/00_ground/03_show.ipynb #14235538
 import base64
 import io
 
@@ -16,10 +16,10 @@ from PIL import Image
 from .core import InputError, ShapeError, check_range
 from .pictures import PALETTE, _array, _colours, _span, as_frames, beside, flow_image, frame_strip, heat_map_over_frame, marked_frame, stacked
 
-# %% ../nbs/00_ground/03_show.ipynb #16bf341e
+# %% ../nbs/00_ground/03_show.ipynb #f310b7d6
 _all_ = ["PALETTE", "as_frames", "beside", "flow_image", "frame_strip", "heat_map_over_frame", "marked_frame", "stacked"]
 
-# %% ../nbs/00_ground/03_show.ipynb #6965ac89
+# %% ../nbs/00_ground/03_show.ipynb #12c03ad5
 def _axes(width, height, title, x_label, y_label):
     "A figure on its own Agg canvas, with one clean pair of axes."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -44,7 +44,7 @@ def _rendered(figure):
     figure.canvas.draw()
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
 
-# %% ../nbs/00_ground/03_show.ipynb #de0736c9
+# %% ../nbs/00_ground/03_show.ipynb #cbd81b97
 def _series(name, value):
     "x, y and perhaps low, high of one curve, as float arrays of one length."
     nested = isinstance(value, tuple) and len(value) in (2, 4) and all(np.ndim(part) == 1 for part in value)
@@ -91,10 +91,10 @@ def curves(
         axes.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
         axes.tick_params(which="minor", colors="#444444", labelsize=9, length=2)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9, labelcolor="#333333", loc="best" if len(series) <= 4 else "center left", **({} if len(series) <= 4 else {"bbox_to_anchor": (1.0, 0.5)}))
+        axes.legend(frameon=False, fontsize=9, labelcolor="#333333", handlelength=2.0 if len(series) <= len(PALETTE) else 3.4, loc="best" if len(series) <= 4 else "center left", **({} if len(series) <= 4 else {"bbox_to_anchor": (1.0, 0.5)}))
     return _rendered(figure)
 
-# %% ../nbs/00_ground/03_show.ipynb #15107a40
+# %% ../nbs/00_ground/03_show.ipynb #434fbd8d
 def matrix(
     values,  # (rows, columns) numbers
     *,
@@ -139,7 +139,7 @@ def matrix(
             axes.text(c, r, f"{v:.0f}" if whole else f"{v:.2f}" if 0.005 <= abs(v) < 100 or v == 0 else f"{v:.1e}", ha="center", va="center", fontsize=8, color="#222222" if rgb[r, c] > 130 else "white")
     return _rendered(figure)
 
-# %% ../nbs/00_ground/03_show.ipynb #33fd4854
+# %% ../nbs/00_ground/03_show.ipynb #d613a3fc
 def scatter(
     points,  # (n,2) positions
     labels=None,  # (n,) names or whole numbers (a legend), or floats (a colour scale); None for one colour
@@ -174,7 +174,7 @@ def scatter(
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.1, labelcolor="#333333")
     return _rendered(figure)
 
-# %% ../nbs/00_ground/03_show.ipynb #3f514d3e
+# %% ../nbs/00_ground/03_show.ipynb #e19addfd
 def png_base64(
     image: Image.Image,  # any picture from above
 ) -> str:

@@ -8,7 +8,8 @@ import torch
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError, WeightsError
 from fvlm.data.moving_mnist import MovingMNIST
 from fvlm.evidence import code_prediction
-from fvlm.evidence.code_prediction import BestOf, Ceiling, FramePredictionResult, OneFuture, ToldThePath, judge_frames, runs_of
+from fvlm.evidence.code_prediction import BestOf, Ceiling, OneFuture, ToldThePath, judge_frames
+from fvlm.evidence.frame_results import FramePredictionResult, runs_of
 from fvlm.models.hr_vqvae import HRVQVAE
 from fvlm.models.rivals import ConvLSTM, PixelCopyLast
 from fvlm.objectives.frame_scores import FRAME_CONVENTIONS, centre_errors, first_turns, frame_scores, gradient_energy, looks_of, motion_scores, painted_at

@@ -104,6 +104,12 @@ def test_auto_names_what_it_chose(monkeypatch):
         assert FrameEmbedder.tiny(dtype="auto").dtype == chosen
 
 
+def test_auto_keeps_a_cnn_in_float32(monkeypatch):
+    monkeypatch.setattr("fvlm.encoders.embeddings.fast_dtype", lambda device="cpu": "bf16")
+    assert FrameEmbedder(Cnn(), name="cnn", preprocessing=Preprocessing(size=16), pooling="mean").dtype == "fp32"
+    assert FrameEmbedder.tiny(dtype="auto").dtype == "bf16"
+
+
 def test_a_cnn_gives_the_spatial_mean():
     embedder, video = FrameEmbedder(Cnn(), name="cnn", preprocessing=Preprocessing(size=16), pooling="mean", dtype="fp32"), clip()
     expected = embedder.model.conv(embedder.preprocessing(video.permute(0, 3, 1, 2)))

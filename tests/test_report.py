@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fvlm.app.report import Column, Report, data_uri, line_chart
+from fvlm.app.report import Column, Report, data_uri
 from fvlm.core import ConfigError, InputError
+from fvlm.line_chart import line_chart
 
 RED, BLUE = Image.new("RGB", (24, 16), "red"), Image.new("RGB", (24, 16), "blue")
 VOID = {"meta", "link", "img", "br", "input", "line", "hr"}
@@ -54,6 +55,7 @@ def full():
         [Column(key="m"), Column(key="mse", best="min"), Column(key="skill", format=".1%", best="max", bar=True)], group="g", caption="A caption.")
     report.heading("Three").figure(RED, alt="All red.", caption="Red.").curves({"train": [3, 2, 1], "val": ([0, 2], [3, 2])}, x_label="step", y_label="loss")
     report.frames_scrubber({"truth": [RED, BLUE], "copy": [RED, RED]}, scores={"copy": [0.0, 0.7]}, title="Frames")
+    report.embed("<!doctype html><body style='margin:0'><div style='height:901px'>within</div>", title="A tall page", caption="Tall.")
     return report.note("Text.", ["a bullet"]).facts({"seed": 0})
 
 
@@ -108,11 +110,11 @@ def test_names_stay_names(hostile):
     report = Report(hostile, lead=hostile, made=hostile).heading(hostile).text(hostile).highlights((hostile, hostile, hostile))
     report.table([{"a": hostile, "b": 1.0, "g": hostile}], [Column(key="a", label=hostile, hint=hostile), "b"], caption=hostile, group="g")
     report.figure(RED, alt=hostile, caption=hostile).curves({hostile: [1, 2]}, title=hostile, x_label=hostile, y_label=hostile, caption=hostile)
-    report.frames_scrubber({hostile: [RED]}, title=hostile, caption=hostile, labels=[hostile], scores={hostile: [1.0]}).note(hostile, [hostile], title=hostile).facts({hostile: hostile}, title=hostile)
+    report.frames_scrubber({hostile: [RED]}, title=hostile, caption=hostile, labels=[hostile], scores={hostile: [1.0]}).embed(hostile, title=hostile, caption=hostile).note(hostile, [hostile], title=hostile).facts({hostile: hostile}, title=hostile)
     tame = Report("t", lead="t", made="t").heading("t").text("t").highlights(("t", "t", "t"))
     tame.table([{"a": "t", "b": 1.0, "g": "t"}], [Column(key="a", label="t", hint="t"), "b"], caption="t", group="g")
     tame.figure(RED, alt="t", caption="t").curves({"t": [1, 2]}, title="t", x_label="t", y_label="t", caption="t")
-    tame.frames_scrubber({"t": [RED]}, title="t", caption="t", labels=["t"], scores={"t": [1.0]}).note("t", ["t"], title="t").facts({"t": "t"}, title="t")
+    tame.frames_scrubber({"t": [RED]}, title="t", caption="t", labels=["t"], scores={"t": [1.0]}).embed("t", title="t", caption="t").note("t", ["t"], title="t").facts({"t": "t"}, title="t")
     came, expected = Page(report.html()), Page(tame.html())
     assert [tag for tag, _ in came.elements] == [tag for tag, _ in expected.elements]
     assert [sorted(attributes) for _, attributes in came.elements] == [sorted(attributes) for _, attributes in expected.elements]
@@ -155,6 +157,7 @@ def test_bars_start_at_zero():
     (lambda r: r.frames_scrubber({"a": [RED], "b": [RED, RED]}), "'b': 2"), (lambda r: r.frames_scrubber({"a": [RED]}, labels=["1", "2"]), "'labels': 2"),
     (lambda r: r.frames_scrubber({"a": [RED]}, scores={"a": [1, 2]}), "'scores of a': 2"), (lambda r: r.frames_scrubber({"a": [RED]}, scores={"b": [1]}), "no track named 'b'"),
     (lambda r: r.frames_scrubber({"a": [RED]}, fps=0), "fps"),
+    (lambda r: r.embed(" ", title="x"), "page: got nothing"), (lambda r: r.embed("<p>", title=""), "title: got nothing"),
     (lambda r: r.curves({}), "series"), (lambda r: r.curves({str(i): [1] for i in range(9)}), "9 lines"), (lambda r: r.curves({"a": ([1, 2], [1])}), "2 x values and 1 y"),
     (lambda r: r.curves({"a": [float("nan")]}), "no finite"), (lambda r: r.curves({"a": [-1.0]}, log_y=True), "no finite positive"),
     (lambda r: Report("  "), "title"),
@@ -243,6 +246,10 @@ def test_the_page_works_from_disk(browser, tmp_path, scheme):
         page.get_by_role("button", name="Pause").click()
         page.locator(".chart svg").hover(position={"x": 300, "y": 80})
         assert "train 2" in page.locator(".tip").inner_text()
+        frame = page.locator(".page iframe")
+        frame.scroll_into_view_if_needed()
+        page.wait_for_function("document.querySelector('.page iframe').clientHeight > 901")
+        assert page.frame_locator(".page iframe").get_by_text("within").is_visible() and frame.get_attribute("title") == "A tall page"
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", paper)[:3])) > 384) == (scheme == "light")
         page.mouse.move(0, 0)

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fvlm.app import cli, run_report as module
+from fvlm.app import cli, run_parts, run_report as module
 from fvlm.app.report import Report
-from fvlm.app.run_report import ReportCommand, RunReport, beside_rivals, log_curves, over_time, record_page, run_report
+from fvlm.app.run_parts import beside_rivals, explorer_onto, log_curves
+from fvlm.app.run_report import ReportCommand, record_page, run_report
 from fvlm.core import ConfigError, InputError, WeightsError
 from fvlm.data.embedding_cache import EmbeddingCache
 from fvlm.encoders.embeddings import FrameEmbedder
@@ -37,7 +38,7 @@ def pages():
 @pytest.mark.parametrize("name", ["sc_vfp", "fvlm"])
 def test_an_examples_page_is_whole_and_needs_no_network(name, pages, tmp_path):
     page = pages[name].save(tmp_path / "page.html", quiet=True).read_text(encoding="utf-8")
-    assert page.count("<iframe") == 1 and "[attention explorer" not in page and len(page) < 2_000_000
+    assert page.count("<iframe") == 1 and len(page) < 2_000_000
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page)
     facts = example_facts(name)
     rows = {row[0]: row for row in table_of(pages[name], "predictor")}
@@ -48,25 +49,23 @@ def test_an_examples_page_is_whole_and_needs_no_network(name, pages, tmp_path):
 
 
 def test_the_explorer_is_left_out_where_it_is_too_large(monkeypatch):
-    monkeypatch.setattr(module, "EMBEDDED", 10)
-    clips = example_clips("fvlm", num_clips=2)
-    report = RunReport("x").explorer(AttentionExplorer.from_model(example_model("fvlm"), clips.frames[0].numpy()), caption="Here.")
-    assert report.parts[0]["kind"] == "figure" and "fvlm explore" in report.parts[0]["caption"] and "iframe" not in report.html()
+    explorer = AttentionExplorer.from_model(example_model("fvlm"), example_clips("fvlm", num_clips=2).frames[0].numpy())
+    for allowed, packed in ((2 * sum(cube.nbytes for cube in explorer.cubes) // 10, 1), (10, 0)):  # a little too large; so large that it is not even packed
+        packs = []
+        monkeypatch.setattr(run_parts, "EMBEDDED", allowed)
+        monkeypatch.setattr(AttentionExplorer, "page", lambda self: packs.append(1) or "x" * (allowed + 1))
+        report = explorer_onto(Report("x"), explorer, caption="Here.")
+        assert report.parts[0]["kind"] == "figure" and "fvlm explore" in report.parts[0]["caption"] and "iframe src" not in report.html() and len(packs) == packed
 
 
-def test_an_explorers_page_cannot_leave_its_frame():
-    class Sly:
-        def save_html(self, path):
-            path.write_text('"><script>alert(1)</script>', encoding="utf-8")
-            return path
-
-    page = RunReport("x").explorer(Sly(), caption="<b>").html()
-    assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page and "<figcaption>&lt;b&gt;</figcaption>" in page
+def test_a_page_cannot_leave_its_frame():
+    page = Report("x").embed('"><script>alert(1)</script>', title="<i>", caption="<b>").html()
+    assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page and "<figcaption>&lt;b&gt;</figcaption>" in page and 'title="&lt;i&gt;"' in page
 
 
 def test_without_instruments(pages):
     report = run_report("example:fvlm", instruments=False)
-    assert not any(part["kind"] == "figure" for part in report.parts) and not report.frames
+    assert not {"figure", "page"} & {part["kind"] for part in report.parts}
     assert sum(part["kind"] == "figure" for part in pages["fvlm"].parts) == 4
 
 
@@ -93,7 +92,7 @@ def folder(tmp_path_factory):
 def test_a_trained_folder_has_everything(folder):
     report = run_report(str(folder))
     assert {row[0] for row in table_of(report, "predictor")} == {"mean", "copy_last", "linear", "ridge", "scmhsa"}
-    assert any(part["kind"] == "curves" for part in report.parts) and len(report.frames) == 1
+    assert any(part["kind"] == "curves" for part in report.parts) and sum(part["kind"] == "page" for part in report.parts) == 1
     assert {"bottleneck", "heads", "attention entropy"} <= {part["alt"].split(":")[0] for part in report.parts if part["kind"] == "figure"}
 
 
@@ -112,7 +111,7 @@ def test_what_is_not_here_is_said_and_the_rest_is_shown(what, folder, monkeypatc
     report = run_report(str(folder))
     (note,) = [part for part in report.parts if part["kind"] == "note" and part["title"] == "Not shown"]
     assert {"weights": "fvlm weights get", "encoder": "this encoder is", "clips": "the folder has gone"}[what] in note["paragraphs"][0]
-    assert table_of(report, "predictor") and any(part["kind"] == "curves" for part in report.parts) and not report.frames
+    assert table_of(report, "predictor") and any(part["kind"] == "curves" for part in report.parts) and not any(part["kind"] == "page" for part in report.parts)
 
 
 def test_an_unfinished_folder_is_named(folder, tmp_path):
@@ -192,12 +191,6 @@ def test_curves_of_a_log():
     (part,) = log_curves(Report("x"), rows).parts
     assert [line["name"] for line in part["chart"]["lines"]] == ["training clips, loss", "validation clips, loss"]
     assert log_curves(Report("x"), []).parts == [] and log_curves(Report("x"), [{"split": "train", "step": 1, "loss": None}]).parts == []
-
-
-def test_a_clip_shorter_than_a_window_is_refused():
-    clips = example_clips("sc_vfp", num_clips=1)
-    with pytest.raises(InputError, match="a window needs 5"):
-        over_time(example_model("sc_vfp"), clips.frames[0, :4].numpy(), clips.embeddings[0, :4])
 
 
 def test_checkups_name_faults_and_write_a_section():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fvlm.app.demo import demo_report, first_real, look, plain_table, run_demo
-from fvlm.app.sc_vfp_commands import SC_VFP_KTH, STUDIES, TrainCommand, named, predict_page
+from fvlm.app.explore_command import predict_page
+from fvlm.app.sc_vfp_commands import SC_VFP_KTH, STUDIES, TrainCommand, named
 from fvlm.core import ConfigError, InputError, VideoError
 from fvlm.data.embedding_cache import EmbeddingCache
 from fvlm.data.video import probe

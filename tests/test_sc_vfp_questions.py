@@ -10,13 +10,14 @@ import torch
 from fvlm.app.sc_vfp_questions import SC_VFP_QUESTIONS, question_settings
 from fvlm.core import ConfigError, InputError
 from fvlm.evidence.experiment import fitted_baseline, judge
-from fvlm.evidence.sc_vfp_cells import AHEAD, HEAD_STATISTICS, compared, errors_ahead, head_statistics, question_table, run_questions
+from fvlm.evidence.sc_vfp_cells import AHEAD, compared, errors_ahead, question_table, run_questions
 from fvlm.models.baselines import CopyLast
 from fvlm.objectives.attention_statistics import head_cosine
-from fvlm.recipes.sc_vfp_questions import (
-    QUESTION_ARMS, AheadTraining, QuestionRecipe, SharedKeyValueAttention, WindowsOfClips, drawn_clips, long_windows, question_base, question_config,
-    WithRidge, question_model, rolled, with_clip_share)
+from fvlm.recipes.question_windows import AheadTraining, WindowsOfClips, drawn_clips, long_windows, rolled, with_clip_share
+from fvlm.recipes.sc_vfp_questions import QUESTION_ARMS, QuestionRecipe, SharedKeyValueAttention, WithRidge, question_base, question_config, question_model
 from fvlm.training.embedding_splits import EmbeddedClip, make_splits
+from fvlm.training.head_watch import HEAD_STATISTICS, HeadWatch, head_statistics, watched_series
+from fvlm.training.loop import TrainEvent
 from fvlm.training.records import read_records
 
 
@@ -75,7 +76,7 @@ def test_equal_seeds_give_equal_models_and_arms_differ_in_their_attention_only()
     one, same, other = (question_model(QuestionRecipe(base=base(), arm="scmhsa"), 16, seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters()))
     assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
-    ignored = {"attention", "head_dim", "ffn_dim", "linear_skip"}
+    ignored = {"attention", "head_dim", "ffn_dim", "linear_skip", "head_dropout"}
     configs = [{k: v for k, v in vars(question_config(QuestionRecipe(base=base(), arm=arm), 16)).items() if k not in ignored} for arm in QUESTION_ARMS]
     assert all(config == configs[0] for config in configs)
 
@@ -221,11 +222,42 @@ def test_records_say_what_was_run_and_hold_no_path(splits, tmp_path):
     assert trained == pytest.approx(judge(CopyLast(), splits.test)["standardised_mse"])
 
 
+def test_watching_changes_nothing_and_is_kept_step_by_step(splits, tmp_path):
+    arms = {"scmhsa": QuestionRecipe(base=base()), "watched-0": QuestionRecipe(base=base(), arm="watched"), "hybrid": QuestionRecipe(base=base(), arm="hybrid"),
+            "hybrid_gate": QuestionRecipe(base=base(), arm="hybrid_gate"), "scmhsa_head_dropout": QuestionRecipe(base=base(), arm="scmhsa_head_dropout")}
+    run_questions("toy", {"all": arms}, (0,), lambda r: (splits, None), root=tmp_path, progress=False)
+    found = {r.run.split("--")[1]: r for r in read_records(tmp_path, "toy")}
+    for plain, watched in (("scmhsa", "watched-0"), ("hybrid", "hybrid_gate")):
+        assert found[plain].metrics_by_clip == found[watched].metrics_by_clip
+        assert not watched_series(found[plain]) and {0} <= set(watched_series(found[watched])["head_divergence"][0])
+    assert {"gate_1", "gate_2"} <= set(watched_series(found["hybrid_gate"])) and "gate_1" not in watched_series(found["watched-0"])
+    assert watched_series(found["hybrid_gate"])["gate_1"][1][0] == 0.5 and "*_at_*" in found["watched-0"].conventions
+    assert found["scmhsa_head_dropout"].metrics != found["scmhsa"].metrics
+    model = question_model(arms["scmhsa_head_dropout"], 16, 0)
+    assert all(block.attention.drop_heads.p == 0.2 for block in model.encoder.blocks)
+
+
+def test_a_watch_looks_when_it_is_time_and_leaves_the_model_in_its_mode(splits):
+    model, watch = question_model(QuestionRecipe(base=base(), arm="hybrid_gate"), 16, 0).train(), HeadWatch(splits.val.context[:8], every=10)
+    for step in (5, 10, 15, 20):
+        watch(TrainEvent(step=step, steps=20, epoch=1.0, loss=0.0, rows=[], model=model))
+    assert model.training and sorted({name.rpartition("_at_")[2] for name in watch.found}) == ["10", "20"]
+
+
+def test_the_second_encoder_is_read_at_all_clips_and_existing_settings_keep_their_recipes():
+    settings = question_settings()
+    for data in ("kth", "ucf"):
+        encoder = question_base(data, "lite0").encoder
+        assert (encoder.weights, encoder.layer, encoder.pooling, encoder.image_size) == ("efficientnet_lite0", None, "mean", 112)
+        assert f"{data}-lite0-100" in settings
+    assert {"kth-patches-5", "ucf-cls-5"} <= set(settings) and {"watched-0", "watched-0.1", "watched-1", "hybrid_gate"} <= set(settings["ucf-cls-100"])
+
+
 def test_the_study_names_its_cells_by_what_they_are():
     settings = question_settings()
     for name, arms in settings.items():
         data, read_out, percent = name.split("-")
         for arm, recipe in arms.items():
             assert recipe.clip_share == int(percent) / 100 and recipe.base == question_base(data, read_out)
-            assert arm == recipe.arm or arm == f"{recipe.similarity_kind}-{recipe.similarity_weight:g}" or arm == f"{recipe.arm}_ahead{recipe.trained_ahead}"
+            assert arm in (recipe.arm, f"{recipe.similarity_kind}-{recipe.similarity_weight:g}", f"watched-{recipe.similarity_weight:g}") or arm == f"{recipe.arm}_ahead{recipe.trained_ahead}"
     assert SC_VFP_QUESTIONS.settings() == settings and len(SC_VFP_QUESTIONS.seeds) >= 5

@@ -1,8 +1,10 @@
-"""What a page of `fvlm.instruments.live_picture` holds, taken out as a browser would."""
+"""What the tests of all widgets need: what a page of `fvlm.instruments.live_picture` holds, taken out as a browser would, and what bad input meets."""
 import base64
 import json
 import re
 import zlib
+
+import pytest
 
 
 def bytes_of(planes, coded):
@@ -27,3 +29,10 @@ def state_of(page):
         return [revived(each) for each in value] if isinstance(value, list) else value
 
     return revived(part("state"))
+
+
+def is_one_sentence(act, kind, words):
+    "Calling `act` is refused with an error of this kind, which says this on one line."
+    with pytest.raises(kind, match=words) as caught:
+        act()
+    assert "\n" not in str(caught.value)

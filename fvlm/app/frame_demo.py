@@ -6,7 +6,7 @@
 __all__ = ['TRIVIAL', 'ROWS', 'frame_demo_recipe', 'FrameDemo', 'run_frame_demo', 'code_picture', 'as_picture', 'levels_of',
            'futures_of', 'said', 'frame_report', 's_hr_vqvae_part', 'plain_rows', 'plain_results']
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #9632f351
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #89755fc7
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from torch import Tensor
 from .report import Column, Report
 from ..blocks.residual_quantizer import LevelUsage
 from ..core import ConfigError
-from ..evidence.code_prediction import Ceiling, FramePredictionResult, OneFuture, judge_frames
+from ..evidence.code_prediction import Ceiling, OneFuture, judge_frames
+from ..evidence.frame_results import FramePredictionResult
 from ..files import write_json
 from ..models.hr_vqvae import HRVQVAE, HRVQVAEConfig
 from ..models.rivals import PixelCopyLast, PixelLinear
@@ -28,7 +29,7 @@ from ..recipes.frame_prediction import FramePredictionRecipe, FrameSplits, Predi
 from ..recipes.frame_stages import FinishedStage, run_stage
 from ..training.loop import TrainConfig
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #b08789e0
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #f9d0c125
 def frame_demo_recipe(
     steps: int = 400,  # optimiser steps of the predictor; the quantiser gets half as many
 ) -> FramePredictionRecipe:
@@ -45,7 +46,7 @@ def frame_demo_recipe(
         predictor=PredictorSize(channels=32, depth=3, attention_every=3, num_heads=4, attention_frames=3),
         frames_training=training(max(1, steps // 2), 32), codes_training=training(steps, 8))
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #8b6789f2
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #bc0ee982
 @dataclass(frozen=True, kw_only=True)
 class FrameDemo:
     "What the demo found."
@@ -96,7 +97,7 @@ def run_frame_demo(
     done("judging")
     return FrameDemo(recipe=recipe, clips=clips, stages=stages, result=result, usage=quantizer.usage(codes), by_level=by_level, seconds=seconds)
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #562f2a14
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #84cc37da
 def code_picture(
     codes: Tensor,  # (h, w) whole numbers, one level of one frame
     num_codes: int,  # m
@@ -148,7 +149,7 @@ def futures_of(
     errors = {name: [None] * context_frames + (future - target).square().mean((0, 2, 3, 4)).tolist() for name, future in futures.items() if name != "what came"}
     return tracks, errors
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #fdbd3630
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #3ec3c599
 TRIVIAL = {"copy_last": "copy-last", "linear": "linear", "mean_frame": "a constant picture"}
 ROWS = {**TRIVIAL, "greedy": "codes, greedy", "one sample": "codes, one sample", "ceiling": "ceiling"}
 
@@ -229,7 +230,7 @@ def frame_report(
     return report.facts({"quantiser": str(config), "predictor": str(recipe.predictor), "stage 1": str(recipe.frames_training), "stage 2": str(recipe.codes_training), "test clips": run.clips.test.fingerprint,
                          **{f"seconds, {part}": f"{value:.0f}" for part, value in run.seconds.items()}})
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #6d8c45b3
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #82c775be
 def s_hr_vqvae_part(
     options,  # a DemoCommand
 ) -> int:

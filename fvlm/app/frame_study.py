@@ -7,7 +7,7 @@ __all__ = ['HR_VQVAE_DIGITS', 'ABLATIONS', 'S_HR_VQVAE_DIGITS', 'S_HR_VQVAE_KTH'
            'gigaflops_of', 'judge_predictor', 'FrameStudy', 'of_arm', 'by_seed_and_clip', 'quantizer_table',
            'future_of', 'short_digits', 'small_digits', 'judged_on']
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #eb3902ab
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #a11ea09e
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,8 @@ from torch.utils.flop_counter import flop_registry
 
 from .frame_arms import PREDICTOR_ARMS, QUANTIZER_ARMS, RIVAL_ARMS, FrameArm, parameters_of, stored_stage
 from ..core import InputError, check_choice
-from ..evidence.code_prediction import TOLD, TRIVIAL_ROWS, Ceiling, FramePredictionResult, OneFuture, judge_frames
+from ..evidence.code_prediction import TOLD, TRIVIAL_ROWS, Ceiling, OneFuture, judge_frames
+from ..evidence.frame_results import FramePredictionResult
 from ..evidence.foveation_grid import CountedOperations, by_clip_and_frame, from_record
 from ..evidence.statistics import paired_bootstrap
 from ..models.hr_vqvae import HRVQVAE, HRVQVAEConfig
@@ -30,7 +31,7 @@ from ..training.batches import evaluating
 from ..training.records import RunRecord, plain_data, write_record
 from ..training.study import Study, missing_cells
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #b5ecf521
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #ed6c0959
 @torch.inference_mode()
 def judge_quantizer(
     model: HRVQVAE,  # trained
@@ -67,7 +68,7 @@ def judge_quantizer(
             numbers |= {f"level{k + 1}/changes_{name}": float(flips[mask, k].mean()) for name, mask in (("moving", moved), ("still", ~moved)) if mask.any()}
     return numbers, by_clip
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #01cc22e0
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #b3490158
 class CountedPrediction(CountedOperations):
     "Counts inside `torch.inference_mode` too, where a layer arrives in one piece and has to be taken apart first."
 
@@ -117,7 +118,7 @@ def judge_predictor(
         numbers["gigaflops_a_frame"] = gigaflops_of(next(iter(rows.values())), clips.test.batch([0])["frames"], context_frames)
     return numbers | {"context_frames": context_frames, "frames_ahead": result.horizon}, by_clip
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #144f4094
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #feb1da6a
 @dataclass(frozen=True, kw_only=True)
 class FrameStudy(Study):
     "A grid of arms and seeds; a setting is a recipe."
@@ -178,7 +179,7 @@ class FrameStudy(Study):
             return quantizer_table(records)
         return future_of(records).table() if any(record.config["stage"] == "trivial" for record in records) else None
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #20be4165
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #a1e46c03
 def of_arm(
     records: list[RunRecord],  # of one setting
 ) -> dict[str, list[RunRecord]]:
@@ -250,7 +251,7 @@ def future_of(
     return FramePredictionResult(values={name: values[name] for name in ranked}, parameters={name: int(value) for name, value in facts["parameters"].items()}, bytes_per_frame=facts["bytes_a_frame"], gigaflops=gigaflops,
                                  clip_names=clips, context_frames=int(first.metrics["context_frames"]), ssim_window="uniform7")
 
-# %% ../../nbs/99_frame_app/102_frame_study.ipynb #949ec168
+# %% ../../nbs/99_frame_app/102_frame_study.ipynb #8e67ce49
 def short_digits() -> FramePredictionRecipe:
     "Moving digits at stride 8, stage 1 alone and short. Source: ours. Expected: which quantiser learns faster, not which is better in the end. Cost: half a minute a run on one core."
     base = moving_mnist_stride8()

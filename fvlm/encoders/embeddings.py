@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESIZE_PIXELS', 'DTYPES', 'Preprocessing', 'fast_dtype', 'state_sha256', 'about_sha256', 'FrameEmbedder', 'as_frames']
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #3fe6ee3d
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #efe1246a
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import ConfigError, InputError, NonFiniteError, ShapeError, check_choice, check_range, generator
-from .pretrained import POSITIONS, build_vit, resolve, weights_named
+from .pretrained import POSITIONS, build_encoder, resolve, weights_named
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #0cb973a1
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #0df5fd8d
 RESIZE_PIXELS = 4_000_000
 
 
@@ -53,7 +53,7 @@ class Preprocessing:
             return x
         return F.interpolate(x, size=(self.size, self.size), mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #a0454e3a
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #b64c28ac
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -88,7 +88,7 @@ def about_sha256(
     "The sha256 of plain data, the order of its keys left out: what a fingerprint is."
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #ab330e82
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #8038d13c
 class FrameEmbedder(nn.Module):
     "A frozen image encoder that gives one vector a frame, float32, and knows its fingerprint."
 
@@ -102,7 +102,7 @@ class FrameEmbedder(nn.Module):
         preprocessing: Preprocessing = Preprocessing(),  # size, mean, std, interpolation
         layer: int | None = None,  # 1..depth; None: the last. The final norm is applied at every layer
         pooling: str = "cls",  # "cls": the class token; "mean": the mean over patch tokens
-        dtype: str = "auto",  # "fp32", "bf16", or "auto": `fast_dtype` of the model's device
+        dtype: str = "auto",  # "fp32", "bf16", or "auto": of a ViT `fast_dtype` of its device, of a CNN "fp32"
         weights_sha256: str | None = None,  # of the weight file; None: computed from the model's own state
         positions: str = "native",  # how position embeddings were resampled, for the fingerprint
         batch_frames: int = 32,  # frames encoded at once: bounds memory
@@ -124,12 +124,14 @@ class FrameEmbedder(nn.Module):
         self.weights_sha256 = weights_sha256 or state_sha256(model)
         self.embed_dim = int(getattr(model, "num_features", None) or model.embed_dim)
         device = next(model.parameters()).device
-        self.model = model.to(DTYPES[fast_dtype(device) if dtype == "auto" else dtype]).requires_grad_(False).eval()
+        chosen = dtype if dtype != "auto" else fast_dtype(device) if self.is_vit else "fp32"
+        layout = {} if self.is_vit else {"memory_format": torch.channels_last}  # the same sums, and convolutions are faster
+        self.model = model.to(DTYPES[chosen], **layout).requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(
         cls,
-        name: str,  # "dinov2_small", "dinov2_small_saliency", or a pretrained timm model
+        name: str,  # a name of WEIGHTS ("dinov2_small_saliency", "efficientnet_lite0", ...), or a pretrained timm model
         layer: int | None = None,  # 1..depth; None: the last
         pooling: str = "cls",  # "cls" or "mean"
         *,
@@ -141,7 +143,7 @@ class FrameEmbedder(nn.Module):
         "The named encoder; where its weights came from is kept in `.source`. Raises: WeightsError, ConfigError."
         resolved, record = resolve(name, path=path, download=download), weights_named(name)
         size = image_size or record.image_size
-        model = build_vit(name, resolved, image_size=size)
+        model = build_encoder(name, resolved, image_size=size)
         embedder = cls(model, name=name, preprocessing=Preprocessing(size=size, mean=record.mean, std=record.std), layer=layer, pooling=pooling,
                        dtype=dtype, weights_sha256=resolved.sha256, positions=POSITIONS)
         embedder.source = str(resolved)
@@ -228,7 +230,7 @@ class FrameEmbedder(nn.Module):
     def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         "Patch tokens (n,N,D) and the class token (n,D) of the chosen layer."
         if not self.is_vit:
-            features = self.model.forward_features(x)
+            features = self.model.forward_features(x.contiguous(memory_format=torch.channels_last))
             if features.ndim != 4 or features.shape[1] != self.embed_dim:
                 raise ShapeError(f"model: forward_features of {self.name} gives {tuple(features.shape)}, expected (n, {self.embed_dim}, h, w)")
             return features.flatten(2).transpose(1, 2), None
@@ -236,7 +238,7 @@ class FrameEmbedder(nn.Module):
         patches, prefix = found if isinstance(found, tuple) else (found, None)  # without prefix tokens timm gives the patches alone
         return patches, None if prefix is None or not prefix.shape[1] else prefix[:, 0]
 
-# %% ../../nbs/20_encoders/21_embeddings.ipynb #c66d24e5
+# %% ../../nbs/20_encoders/21_embeddings.ipynb #7a482309
 def as_frames(
     frames: Tensor,  # (B,T,3,H,W) float in [0,1] or uint8, or (T,H,W,3) uint8
 ) -> tuple[Tensor, tuple[int, int]]:

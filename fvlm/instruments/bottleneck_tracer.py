@@ -6,7 +6,7 @@
 __all__ = ['DEAD', 'Stage', 'Chain', 'replaced_input', 'replaced_method', 'foveated_chain', 'sc_vfp_chain', 'BottleneckTrace',
            'trace_bottleneck']
 
-# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #f24c191b
+# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #bd7dd0ff
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..evidence.query_swaps import deranged
 from .diagnosis import Diagnosis, Finding, MatrixPanel, Panel, Verdict
 from ..training.batches import evaluating
 
-# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #2a5ea47c
+# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #fe7fd6a4
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     "One thing that a model says on its way to a prediction."
@@ -85,7 +85,7 @@ def replaced_method(
     finally:
         delattr(owner, name)
 
-# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #76cc1eed
+# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #11d5a0f8
 def foveated_chain(
     model,  # a foveated model: query_attention, dino_to_llm, head; model(batch, passes=..., intermediates=...)
     batch: Mapping,  # of at least two clips
@@ -107,7 +107,7 @@ def foveated_chain(
     )
     return Chain(stages=stages, batch={**batch, **kept}, run=lambda given: model(given, passes="fine", intermediates=True), detours=(("query", "feature", "attention"),))
 
-# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #97afd7a2
+# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #fb7339c0
 def sc_vfp_chain(
     model,  # an SC-VFP: encoder.blocks with attention.with_intermediates, norm; model(batch, intermediates=True)
     batch: Mapping,  # "embeddings" (B,M,D), B at least 2
@@ -156,7 +156,7 @@ def _needs(model, parts) -> None:
     if missing := [name for name in parts if not hasattr(model, name)]:
         raise InputError(f"model: {type(model).__name__} has no {', '.join(missing)}; expected a foveated model, an SC-VFP, or a chain= of your own")
 
-# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #676028f8
+# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #3431a837
 DEAD = 0.01  # a link that passes less than this share of the difference between two clips is dead
 
 
@@ -215,7 +215,7 @@ class BottleneckTrace(Diagnosis):
         said = f"the narrowest link is {self.links[k]}; all gains multiplied give {self.product:.3g}, and {self.arrives[-1]:.3g} of an exchange of the {self.stages[0]} arrives at the {self.stages[-1]}{around}"
         return Verdict(findings=(*findings, Finding(name="healthy", failed=False, sentence=said, value=self.gains[k], reference=DEAD)))
 
-# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #a465ac16
+# %% ../../nbs/80_instruments/86_bottleneck_tracer.ipynb #a783cc67
 def trace_bottleneck(
     model,  # a foveated model or an SC-VFP; its weights stay as they are
     batch: Mapping,  # what it takes, at least two clips

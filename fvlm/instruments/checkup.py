@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASKS', 'Checkup', 'foveated_checkup', 'sc_vfp_checkup']
 
-# %% ../../nbs/80_instruments/92_checkup.ipynb #2340d76a
+# %% ../../nbs/80_instruments/92_checkup.ipynb #f311f50a
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from .head_tsne import ablation_effects, head_tsne
 from .query_swap_table import query_swap_table
 from ..training.batches import evaluating
 
-# %% ../../nbs/80_instruments/92_checkup.ipynb #51c5aaea
+# %% ../../nbs/80_instruments/92_checkup.ipynb #1c5fcebf
 ASKS = {
     "attention entropy": "How wide does it look?",
     "feature similarity": "Do its looks bring home different things?",
@@ -54,7 +54,7 @@ class Checkup(Diagnoses):
             report.figure(part.picture(), alt=f"{name}: {ASKS.get(name, name)}", caption=f"{name.capitalize()}. {ASKS.get(name, name)}")
         return report
 
-# %% ../../nbs/80_instruments/92_checkup.ipynb #8e86f9b1
+# %% ../../nbs/80_instruments/92_checkup.ipynb #131a79f4
 class _FirstOf:
     "The first so many of a data set."
 

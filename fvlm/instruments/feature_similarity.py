@@ -6,7 +6,7 @@
 __all__ = ['SAME_QUERIES', 'SAME_ANSWERS', 'COMMON_MODE', 'DEAF', 'NO_ROOM', 'cosine_null', 'mean_over_variance', 'whitened',
            'rank_me', 'FeatureSimilarity', 'feature_similarity', 'query_spread']
 
-# %% ../../nbs/80_instruments/84_feature_similarity.ipynb #381f3ae9
+# %% ../../nbs/80_instruments/84_feature_similarity.ipynb #ec271b53
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +19,11 @@ from ..core import InputError, NonFiniteError, ShapeError, check_finite, check_r
 from ..evidence.headroom import Headroom
 from .attention_entropy import attention_entropy
 from .diagnosis import Diagnosis, Finding, MatrixPanel, Panel, Verdict
-from .head_tsne import linear_cka
 from ..objectives.attention_statistics import check_attention
+from ..objectives.representation_similarity import linear_cka
 from ..recipes.foveation_probes import sensitivity
 
-# %% ../../nbs/80_instruments/84_feature_similarity.ipynb #82d5ce48
+# %% ../../nbs/80_instruments/84_feature_similarity.ipynb #c0df8919
 def cosine_null(
     r: Tensor | float,  # (...) squared length of the patch mean over the patch variance, >= 0; see `mean_over_variance`
     p: Tensor,  # (..., N) one attention, rows sum to 1
@@ -49,7 +49,7 @@ def mean_over_variance(
         raise InputError("patches: all patches of a frame are the same, expected some that differ: there is nothing to look at")
     return mean.square().sum(-1) / variance
 
-# %% ../../nbs/80_instruments/84_feature_similarity.ipynb #4bc23152
+# %% ../../nbs/80_instruments/84_feature_similarity.ipynb #b411b4a9
 def whitened(
     x: Tensor,  # (n, D) what to whiten
     reference: Tensor,  # (m, D) the cloud whose mean and covariance are taken out
@@ -83,7 +83,7 @@ def rank_me(
         raise InputError("features: all zero, expected at least one direction")
     return float(torch.special.entr(values / values.sum()).sum().exp())
 
-# %% ../../nbs/80_instruments/84_feature_similarity.ipynb #bb36b5a6
+# %% ../../nbs/80_instruments/84_feature_similarity.ipynb #2aae5918
 SAME_QUERIES = 0.05  # deviation of the queries as a share of their length: below, they are alike
 SAME_ANSWERS = 0.995  # centred cosine of looks with exchanged queries: above, different queries are answered alike
 COMMON_MODE = 0.95  # mean raw cosine of different looks: above, what they share drowns what they saw
@@ -158,7 +158,7 @@ class FeatureSimilarity(Diagnosis):
         cells = {"raw cosine": self.raw, "raw if blind": self.null, "centred": self.centred, "whitened": self.whitened, "CKA": self.cka}
         return [MatrixPanel(title=name, values=values, row_labels=self.looks, column_labels=self.looks, value_range=(0, 1) if name == "CKA" else (-1, 1)) for name, values in cells.items() if values is not None]
 
-# %% ../../nbs/80_instruments/84_feature_similarity.ipynb #10ff5feb
+# %% ../../nbs/80_instruments/84_feature_similarity.ipynb #1d99906f
 def feature_similarity(
     looks: Mapping[str, Tensor],  # look -> (B,T,D) features of the same frames; at least two, the model's own first, named as in query_swaps
     *,

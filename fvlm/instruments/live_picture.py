@@ -6,7 +6,7 @@
 __all__ = ['SHEET_COLUMNS', 'MAX_SIDE', 'PAGE', 'STATIC', 'LIVE', 'TWIN_BYTES', 'shrunk', 'sprite_sheet', 'jpegs', 'packed',
            'widget_page', 'LivePicture']
 
-# %% ../../nbs/80_instruments/88_live_picture.ipynb #934612f2
+# %% ../../nbs/80_instruments/88_live_picture.ipynb #bb044b17
 import base64
 import io
 import json
@@ -24,7 +24,7 @@ from PIL import Image
 from ..files import written_whole
 from ..show import png_base64
 
-# %% ../../nbs/80_instruments/88_live_picture.ipynb #1408ace7
+# %% ../../nbs/80_instruments/88_live_picture.ipynb #116a6850
 SHEET_COLUMNS, MAX_SIDE = 8, 256
 
 
@@ -72,7 +72,7 @@ def jpegs(
             break
     return found
 
-# %% ../../nbs/80_instruments/88_live_picture.ipynb #e05353b4
+# %% ../../nbs/80_instruments/88_live_picture.ipynb #e35cc8e6
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>%(title)s</title><link rel="icon" href="data:,"><style>
 :root { color-scheme: light dark; }
@@ -146,7 +146,7 @@ def widget_page(
     coded = json.dumps(state, default=numbered, separators=(",", ":")).replace("<", "\\u003c")
     return PAGE % {"title": escape(title), "css": css, "state": coded, "buffers": json.dumps(buffers), "module": module.replace("</", "<\\/").replace("<!--", "<\\!--")}
 
-# %% ../../nbs/80_instruments/88_live_picture.ipynb #eb173381
+# %% ../../nbs/80_instruments/88_live_picture.ipynb #c18fb1cc
 STATIC = Path(str(files("fvlm"))) / "static"  # where the package keeps its modules and styles
 LIVE = "application/vnd.jupyter.widget-view+json"
 TWIN_BYTES = 90_000  # of a picture that a notebook keeps in full colour
@@ -154,6 +154,12 @@ TWIN_BYTES = 90_000  # of a picture that a notebook keeps in full colour
 
 class _Abstract(type(anywidget.AnyWidget), ABCMeta):
     "A widget's class that may have abstract methods."
+
+
+def _written(path, data: bytes) -> Path:
+    with written_whole(path) as part:
+        part.write_bytes(data)
+    return Path(path)
 
 
 class LivePicture(anywidget.AnyWidget, metaclass=_Abstract):
@@ -171,23 +177,25 @@ class LivePicture(anywidget.AnyWidget, metaclass=_Abstract):
         state = {name: getattr(self, name) for name in self.trait_names(sync=True) if name not in given}
         return {name: value if name != "playing" else False for name, value in state.items()}
 
+    def page(self) -> str:
+        "A page of HTML that works from disk without a network: the state as it is now, and the same controls."
+        return widget_page(str(self._esm), self.page_state(), self.title, str(getattr(self, "_css", None) or ""))
+
     def save_png(
         self,
         path,  # where to; the folder must exist
     ) -> Path:
         "The path of the still picture, written whole."
-        with written_whole(path) as part:
-            self.picture().save(part, format="PNG", optimize=True)
-        return Path(path)
+        memory = io.BytesIO()
+        self.picture().save(memory, format="PNG", optimize=True)
+        return _written(path, memory.getvalue())
 
     def save_html(
         self,
         path,  # where to; the folder must exist
     ) -> Path:
-        "The path of a page that works from disk without a network: the state as it is now, and the same controls."
-        with written_whole(path) as part:
-            Path(part).write_text(widget_page(str(self._esm), self.page_state(), self.title, str(getattr(self, "_css", None) or "")), encoding="utf-8")
-        return Path(path)
+        "The path of the page, written whole."
+        return _written(path, self.page().encode())
 
     def twin(self) -> dict[str, str]:
         "The still picture as an output of a cell: PNG, of 256 colours where it is large, and the title."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOKS', 'SHOWN_LOOKS', 'MOVED', 'VARIED', 'zero_errors', 'QuerySwapTable', 'query_swap_table']
 
-# %% ../../nbs/80_instruments/85_query_swap_table.ipynb #5a53a85e
+# %% ../../nbs/80_instruments/85_query_swap_table.ipynb #173a1326
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ from ..evidence.query_swaps import QUERY_LOOKS, REPLACED_ATTENTION, SWAPS, Fovea
 from .diagnosis import CurvesPanel, Diagnosis, Finding, MatrixPanel, Panel, Verdict
 from ..training.batches import evaluating
 
-# %% ../../nbs/80_instruments/85_query_swap_table.ipynb #b4c4b8f6
+# %% ../../nbs/80_instruments/85_query_swap_table.ipynb #e6cc97a4
 LOOKS = {**SWAPS, "zero": "a query of zeros: nothing is asked for"}
 SHOWN_LOOKS = (*QUERY_LOOKS, "zero")
 
@@ -40,7 +40,7 @@ def zero_errors(
             found.append(model.errors(model(given, passes="fine"), given)["fine"].double())
     return torch.cat(found).cpu().numpy()
 
-# %% ../../nbs/80_instruments/85_query_swap_table.ipynb #a4b4db19
+# %% ../../nbs/80_instruments/85_query_swap_table.ipynb #8d054ad6
 MOVED, VARIED = 1e-3, 0.01  # least change of a clip's error by any look; least share of a query that is not common to all
 
 
@@ -94,7 +94,7 @@ class QuerySwapTable(Diagnosis):
         means = {look: values[..., self.first_frame - 1:].mean((0, 1)) for look, values in self.errors.items()}
         lost = np.stack([means[look] - means["own"] for look in self.values])
         return [CurvesPanel(title="Error with every look", x_label="frame", y_label="mean squared error", series={look.replace("_", " "): (frames, mean) for look, mean in means.items()}),
-                MatrixPanel(title="Above own", x_label="frame", y_label="look", values=lost, row_labels=[look.replace("_", " ") for look in self.values], column_labels=frames)]
+                MatrixPanel(title="Error above own", x_label="frame", y_label="look", values=lost, row_labels=[look.replace("_", " ") for look in self.values], column_labels=frames)]
 
     def verdict(self) -> Verdict:
         "Dead link, identical queries, no headroom where masks were given, and what the own look is worth."
@@ -125,7 +125,7 @@ class QuerySwapTable(Diagnosis):
         weakest = min(self.values.values(), key=lambda v: v.interval.estimate).interval
         return Finding(name="healthy", failed=False, sentence=f"looking with its own queries is {'; '.join(said)}", value=weakest.estimate, reference=weakest)
 
-# %% ../../nbs/80_instruments/85_query_swap_table.ipynb #4a1ba9ee
+# %% ../../nbs/80_instruments/85_query_swap_table.ipynb #3980d89a
 def query_swap_table(
     model,  # a foveated model: model(batch, passes=...), .errors(outputs, batch), .query_attention, .q_static
     dataset,  # has .batch(indices) -> batch, or [i]; at least two clips

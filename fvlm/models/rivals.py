@@ -6,7 +6,7 @@
 __all__ = ['RIVALS', 'FramePredictorConfig', 'FramePredictor', 'ConvLSTMConfig', 'ConvLSTM', 'SimVPConfig', 'GatedSpatialBlock',
            'SimVP', 'PixelCopyLast', 'PixelMean', 'PixelLinear']
 
-# %% ../../nbs/50_models/59_rivals.ipynb #6cf80e62
+# %% ../../nbs/50_models/59_rivals.ipynb #5c5462c6
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks.frame_networks import checked_frames, frames_of
 from ..core import ConfigError, InputError, check_choice, check_range
-from .hr_vqvae import checked_frames, frames_of
 from .saved_model import ModelConfig, StrictlySaved, drawn_from
 
-# %% ../../nbs/50_models/59_rivals.ipynb #fef3f6f5
+# %% ../../nbs/50_models/59_rivals.ipynb #cd669615
 @dataclass(frozen=True, kw_only=True)
 class FramePredictorConfig(ModelConfig):
     """What every predictor of frames must know.
@@ -109,7 +109,7 @@ class FramePredictor(nn.Module, StrictlySaved):
 def _folded(frames: Tensor, patch: int) -> Tensor:  # (N, C, H, W) -> (N, C patch^2, H/patch, W/patch), channels last in memory
     return F.pixel_unshuffle(frames, patch).contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/50_models/59_rivals.ipynb #879248b4
+# %% ../../nbs/50_models/59_rivals.ipynb #4f00def7
 @dataclass(frozen=True, kw_only=True)
 class ConvLSTMConfig(FramePredictorConfig):
     "What a ConvLSTM is made of."
@@ -183,7 +183,7 @@ class ConvLSTM(FramePredictor):
         "Grey frames of 16x16, 3 seen and 2 predicted."
         return cls(ConvLSTMConfig.from_dict({**dict(image_size=16, context_frames=3, future_frames=2, widths=(8,)), **changes}), seed=seed)
 
-# %% ../../nbs/50_models/59_rivals.ipynb #9ba90843
+# %% ../../nbs/50_models/59_rivals.ipynb #49d8078f
 @dataclass(frozen=True, kw_only=True)
 class SimVPConfig(FramePredictorConfig):
     "What a small SimVP is made of."
@@ -288,7 +288,7 @@ class SimVP(FramePredictor):
 
 RIVALS = {"conv_lstm": (ConvLSTM, ConvLSTMConfig), "simvp": (SimVP, SimVPConfig)}
 
-# %% ../../nbs/50_models/59_rivals.ipynb #2b67dbc8
+# %% ../../nbs/50_models/59_rivals.ipynb #c725a366
 class PixelCopyLast:
     "Predicts that nothing changes: the last frame again."
 

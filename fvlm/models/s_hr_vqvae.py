@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'EMBEDDINGS', 'SHRVQVAEConfig', 'expected_codewords', 'brightness_centres', 'constant_velocity_loss',
            'SHRVQVAE']
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #8f365ba2
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #64db8157
 import dataclasses
 from dataclasses import dataclass
 
@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.codebook_tree import CodebookTree, check_codes
+from ..blocks.frame_networks import checked_frames, frames_of
 from ..blocks.pixelcnn import SpatiotemporalPixelCNN, code_loss, gumbel_noise
 from ..core import ConfigError, InputError, check_choice, check_range
-from .hr_vqvae import HRVQVAE, HRVQVAEConfig, checked_frames, frames_of
+from .hr_vqvae import HRVQVAE, HRVQVAEConfig
 from .saved_model import ModelConfig, StrictlySaved, drawn_from
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #416b8f02
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #7040b6a3
 STAGES = {
     "disjoint": "the predictor learns codes; encoder, codebooks and decoder are frozen",
     "joint": "predictor and decoder learn together, the pixel term passing through a Gumbel-softmax; encoder and codebooks are frozen",
@@ -69,7 +70,7 @@ class SHRVQVAEConfig(ModelConfig):
             tree.num_codes, tree.num_levels, grid=self.hr_vqvae.grid, channels=self.channels, depth=self.depth, kernel=self.kernel, attention_every=self.attention_every,
             num_heads=self.num_heads, attention_frames=self.attention_frames, tree=tree if self.embeddings == "tree" else None, books=tree.books)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #1a7aaa9d
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #c337eed6
 def expected_codewords(
     logits: Tensor,  # (B,T,L,h,w,m) of a predictor that saw the true codes before each
     codes: Tensor,  # (B,T,L,h,w) the true codes: they say which books are open
@@ -91,7 +92,7 @@ def expected_codewords(
         parts.append((share.unsqueeze(-2) @ tree.active_book(sites[..., :level])).squeeze(-2))
     return sum(parts).movedim(-1, 2)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #7f4259e4
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #d038b5fd
 def brightness_centres(
     frames: Tensor,  # (B,T,C,H,W), dark background; values below 0 count as 0
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ def constant_velocity_loss(
     judged = (visible & (true_acceleration.detach().norm(dim=-1) < tolerance)).to(acceleration.dtype)
     return (acceleration.square().sum(-1) * judged).sum() / judged.sum().clamp(min=1)
 
-# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #c0033098
+# %% ../../nbs/50_models/58_s_hr_vqvae.ipynb #875e2410
 class SHRVQVAE(nn.Module, StrictlySaved):
     """Predicts frames: encode, predict codes, decode.
 

@@ -20,7 +20,7 @@ from tests.browser.tour import EXPLORERS, PLACES
 
 pytest.importorskip("playwright", reason="the browser tests need playwright: pip install -e '.[dev]'")
 
-QUICK_NOTEBOOKS = ("00_ground/03_show", "80_instruments/89_attention_explorer", "80_instruments/80_nearest_frames")
+QUICK_NOTEBOOKS = ("00_ground/03_show", "80_instruments/93_attention_explorer", "80_instruments/80_nearest_frames")
 ALL_NOTEBOOKS = sorted(path.relative_to(ROOT / "nbs").with_suffix("").as_posix() for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 THEMES = ("JupyterLab Light", "JupyterLab Dark")
 
