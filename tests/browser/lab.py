@@ -96,9 +96,9 @@ class Lab:
             if cell["cell_type"] == "code":
                 cell["outputs"], cell["execution_count"] = [], None
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        for folder in (ROOT / "results", ROOT / "nbs" / "images"):  # studies read their records from a folder above them, the front page its picture
-            if not (self.root / folder.name).exists():
-                (self.root / folder.name).symlink_to(folder)
+        if not (self.root / "results").exists():
+            (self.root / "results").symlink_to(ROOT / "results")  # studies read their records from a folder above them
+            shutil.copytree(ROOT / "nbs" / "images", self.root / "images")  # the server, unlike a kernel, follows no link out of its folder
         (self.root / name).write_text(json.dumps(content), encoding="utf-8")
         return name
 
