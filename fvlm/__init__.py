@@ -10,7 +10,7 @@ _NAMES = {
     for module, names in {
         "core": "InputError ShapeError NonFiniteError ConfigError WeightsError VideoError cache_dir generator",
         "data.wheel_store": "WheelFile sample_clips",
-        "data.frame_readers": "frame_indices",
+        "data.frame_requests": "frame_indices",
         "data.video": "VideoInfo Clip probe read_clip",
         "data.worlds": "MovingDigits BouncingSprites CuedTarget PhotoPan",
         "data.cards": "load_card list_cards",

@@ -179,9 +179,9 @@ def test_the_bar_is_shown_only_on_request(films, capfd):
 
 
 def test_probing_decodes_no_whole_clip(films, monkeypatch):
-    from fvlm.data import frame_readers, video
+    from fvlm.data import file_facts, video
 
-    monkeypatch.setattr(frame_readers, "_decoded_count", lambda *rest: pytest.fail("decoded through"))
+    monkeypatch.setattr(file_facts, "_decoded_count", lambda *rest: pytest.fail("decoded through"))
     monkeypatch.setattr(clips, "probe", lambda path, **named: video.probe(path, isolated=False))
     VideoFolder(films, only="person4")
 

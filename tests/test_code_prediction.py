@@ -11,7 +11,8 @@ from fvlm.evidence import code_prediction
 from fvlm.evidence.code_prediction import BestOf, Ceiling, OneFuture, ToldThePath, judge_frames
 from fvlm.evidence.frame_results import FramePredictionResult, runs_of
 from fvlm.models.hr_vqvae import HRVQVAE
-from fvlm.models.rivals import ConvLSTM, PixelCopyLast
+from fvlm.models.frame_predictor import PixelCopyLast
+from fvlm.models.rivals import ConvLSTM
 from fvlm.objectives.frame_scores import FRAME_CONVENTIONS, centre_errors, first_turns, frame_scores, gradient_energy, looks_of, motion_scores, painted_at
 from fvlm.recipes.frame_clips import FrameClips, held_world
 

@@ -13,7 +13,7 @@ import torch
 
 from fvlm.core import ConfigError, InputError, VideoError
 from fvlm.data.decode_worker import DecodeWorker, own_worker
-from fvlm.data.frame_readers import Sink, wanted_frames
+from fvlm.data.frame_requests import Sink, wanted_frames
 from fvlm.data.video import decode, probe, read_clip
 from tests.hostile_videos import film, write
 
@@ -209,7 +209,7 @@ def test_a_copy_by_pickle_starts_its_own(path, worker):
 
 @linux
 def test_nothing_is_left_when_the_parent_ends(path):
-    code = ("import os, sys, fvlm.data.decode_worker as d; from fvlm.data.frame_readers import wanted_frames; w = d.own_worker(); w.probe(sys.argv[1]); print(w.pid, flush=True);"
+    code = ("import os, sys, fvlm.data.decode_worker as d; from fvlm.data.frame_requests import wanted_frames; w = d.own_worker(); w.probe(sys.argv[1]); print(w.pid, flush=True);"
             "os.kill(os.getpid(), 9) if sys.argv[2] == 'killed' else None")
     for how in ("normally", "killed"):
         done = subprocess.run([sys.executable, "-c", code, path, how], capture_output=True, text=True, timeout=60)

@@ -1,15 +1,14 @@
 """The readers beneath `decode`: no torch, no false trust, and facts that follow the file."""
-import os
 import subprocess
 import sys
-from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from fvlm.core import ConfigError, InputError, VideoError
 from fvlm.data import frame_readers
-from fvlm.data.frame_readers import FileFacts, Sink, Unreadable, Wanted, Watch, checked_path, describe, examine, read_decord, read_frames, read_pyav, wanted_frames
+from fvlm.data.file_facts import FileFacts, decoded_frames, examine
+from fvlm.data.frame_readers import describe, read_decord, read_frames, read_pyav
+from fvlm.data.frame_requests import Sink, Unreadable, Wanted, Watch, wanted_frames
 from tests.hostile_videos import film, write
 
 QUICK = {"options": {"g": "8", "bf": "2", "preset": "veryfast"}}
@@ -46,7 +45,7 @@ def path(tmp_path_factory):
 
 
 def test_no_torch_comes_with_the_readers():
-    code = "import sys, fvlm.data.frame_readers, fvlm.data.decode_worker; print([m for m in ('torch', 'av', 'decord', 'PIL') if m in sys.modules])"
+    code = "import sys, fvlm.data.frame_readers, fvlm.data.decode_child, fvlm.data.decode_worker; print([m for m in ('torch', 'av', 'decord', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -73,7 +72,7 @@ def test_a_complaint_on_the_terminal_is_a_doubt(path, tmp_path):
 def test_frames_left_out_change_no_frame_that_was_asked_for(tmp_path, suffix, options):
     place = str(write(tmp_path / f"film.{suffix}", film(3), options={"g": "12", "preset": "veryfast", **options}))
     plain, some = Shelf(), Shelf()
-    plain.frames = [frame.to_ndarray(format="rgb24") for frame in frame_readers._decoded(place, Watch())]
+    plain.frames = [frame.to_ndarray(format="rgb24") for frame in decoded_frames(place, Watch())]
     assert len(plain.frames) == 24
     for order in ([5], [11], [9, 10, 11], [21, 22, 23], [13, 16, 19, 22], [2, 7, 20], [22, 10, 10, 0], list(range(3, 19))):
         reading = read_frames(place, wanted_frames(order), some)
@@ -81,7 +80,7 @@ def test_frames_left_out_change_no_frame_that_was_asked_for(tmp_path, suffix, op
 
 
 def test_a_decoder_that_spares_is_asked_again_for_what_it_lost(path, monkeypatch):
-    whole, spared, real, passes = Shelf(), Shelf(), frame_readers._decoded, []
+    whole, spared, real, passes = Shelf(), Shelf(), decoded_frames, []
     read_frames(path, Wanted(), whole)
 
     def lossy(path, watch, damage=None, seek=None, needed=frozenset()):
@@ -90,7 +89,7 @@ def test_a_decoder_that_spares_is_asked_again_for_what_it_lost(path, monkeypatch
 
     count = sum(1 for _ in real(path, Watch(), needed=frozenset([int(examine(path).pts[23])])))
     assert count < 24  # it does leave out
-    monkeypatch.setattr(frame_readers, "_decoded", lossy)
+    monkeypatch.setattr(frame_readers, "decoded_frames", lossy)
     reading = read_frames(path, wanted_frames([12, 13, 14]), spared)
     assert [bool(needed) for needed in passes] == [True, False] and reading.notes == ()
     assert all(np.array_equal(a, b) for a, b in zip(spared.frames, whole.frames[12:15], strict=True))
@@ -124,16 +123,6 @@ def test_decord_is_refused_when_its_index_is_not_the_files(path):
             read_decord(path, Wanted(), Shelf(), facts=other)
 
 
-def test_a_file_is_examined_once_until_it_changes(path, tmp_path):
-    copy = tmp_path / "copy.mp4"
-    copy.write_bytes(open(path, "rb").read())
-    first, second = Ears(), Ears()
-    assert len(examine(str(copy), first).pts) == 24 and examine(str(copy), second).rate == pytest.approx(25)
-    assert first.beats and not second.beats
-    write(copy, film(3)[:5], **QUICK)
-    assert len(examine(str(copy)).pts) == 5
-
-
 @pytest.mark.parametrize("pixel_format, codec", [("yuv420p10le", "libx264"), ("yuv411p", "ffv1"), ("yuv420p", "libvpx-vp9")])
 def test_what_decord_shows_otherwise_is_read_by_pyav_without_a_note(tmp_path, pixel_format, codec):
     place = str(write(tmp_path / "film.mkv", film(5)[:6], codec, pixel_format))
@@ -149,14 +138,6 @@ def test_out_of_order_and_stray_seeks_are_told(path, monkeypatch):
         shelf = Shelf()
         reading = read_frames(path, wanted_frames([20]), shelf)
         assert reading.backend == "pyav" and says in reading.notes[0]
-
-
-def test_the_allowance_grows_with_honest_work_and_not_with_claims():
-    facts = dict(pts=np.arange(1000), keys=np.arange(0, 1000, 100), packets=1000, time_base=Fraction(1, 25), rate=25.0, codec="h264", ordered=True, steady=True, seekable=True, pixel_format="yuv420p")
-    honest = FileFacts(**facts, height=1000, width=1000, bytes=10**8)
-    assert honest.decoding_seconds(np.array([0])) == pytest.approx(0.25) and honest.decoding_seconds(np.array([99])) == pytest.approx(25)
-    assert honest.decoding_seconds(np.arange(50, 82)) == pytest.approx(82 / 4) and honest.decoding_seconds(np.array([99, 199])) == pytest.approx(50)
-    assert FileFacts(**facts, height=16000, width=16000, bytes=10**4).decoding_seconds(np.arange(1000)) <= 0.2
 
 
 def flagged(place):
@@ -183,23 +164,3 @@ def test_corrupt_frames_and_what_is_built_on_them(tmp_path):
             reading, doubts = read_pyav(str(place), wanted_frames([23]), Shelf())  # the last frame alone: the damage lies before it
             assert any("corrupt" in doubt for doubt in doubts) and reading.indices.tolist() == [23], (start, doubts)
     assert seen, "no damage that the decoder marks: nothing was shown"
-
-
-def test_padding_is_named():
-    times = np.arange(10) / 25
-    for pad, want in (("repeat", [8, 9, 9, 9]), ("loop", [8, 9, 0, 5])):
-        wanted = wanted_frames([8, 9, 10, 15], pad=pad)
-        assert wanted.resolve("x", times).tolist() == want and "2 of 4 frames lie past the end, the first of them frame 10" in wanted.padding_note(np.array(want))[0]
-    assert wanted_frames([0, 9], pad="loop").padding_note(np.array([0, 9])) == ()
-    with pytest.raises(VideoError, match="frame 15 was asked for"):
-        wanted_frames([8, 15]).resolve("x", times)
-    with pytest.raises(ConfigError, match="pad.*'loops'.*did you mean 'loop'"):
-        wanted_frames([0], pad="loops")
-
-
-def test_paths_that_are_none():
-    for wrong in (3, None, b"x.mp4", True, "a\0b.mp4"):
-        with pytest.raises(InputError, match="path"):
-            checked_path(wrong)
-    with pytest.raises(VideoError, match="cannot be read|no such file"):
-        checked_path("x" * 5000 + ".mp4")

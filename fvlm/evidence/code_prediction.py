@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIVIAL_ROWS', 'TOLD', 'OneFuture', 'BestOf', 'Ceiling', 'ToldThePath', 'judge_frames']
 
-# %% ../../nbs/70_evidence/83_code_prediction.ipynb #7d431dc3
+# %% ../../nbs/70_evidence/83_code_prediction.ipynb #f78eff4e
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..core import InputError, ShapeError, WeightsError, check_choice, check_range, generator
 from .frame_results import FramePredictionResult
-from ..models.rivals import PixelCopyLast, PixelLinear, PixelMean
+from ..models.frame_predictor import PixelCopyLast, PixelLinear, PixelMean
 from ..objectives.frame_scores import frame_scores, looks_of, motion_scores, painted_at
 from ..objectives.metrics import SSIM_WINDOWS, lpips_weights
 from ..recipes.frame_clips import FrameClips
 from ..training.batches import evaluating
 
-# %% ../../nbs/70_evidence/83_code_prediction.ipynb #48738c26
+# %% ../../nbs/70_evidence/83_code_prediction.ipynb #52102921
 class OneFuture:
     "A model of codes as a predictor: greedy, or one sample a clip."
 
@@ -90,7 +90,7 @@ class Ceiling:
         "(B, F, C, H, W)."
         return self.model.reconstruct(target)
 
-# %% ../../nbs/70_evidence/83_code_prediction.ipynb #834f32e8
+# %% ../../nbs/70_evidence/83_code_prediction.ipynb #5c28a557
 class ToldThePath:
     "Objects as they looked, put where the answers say they will be: the oracle of worlds with dark grounds."
 
@@ -104,7 +104,7 @@ class ToldThePath:
         seen = context.shape[1]
         return torch.stack([painted_at(looks_of(c, m[:seen], t[:seen]), t[seen:], c.shape[-2:]) for c, m, t in zip(context, masks, trajectories)])
 
-# %% ../../nbs/70_evidence/83_code_prediction.ipynb #fc488f0a
+# %% ../../nbs/70_evidence/83_code_prediction.ipynb #746d48a6
 TRIVIAL_ROWS = ("copy_last", "linear", "mean_frame")  # what learns nothing and is told nothing
 TOLD = "told_the_path"
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COPY_LAST', 'TRUTH', 'LABEL_WIDTH', 'PredictionScrubber']
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #6d33e630
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #0d05f25d
 import math
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ from .nearest_frames import nearest_frames
 from ..pictures import as_frames, beside, caption, frame_strip, stacked
 from ..show import curves
 
-# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #93b514d6
+# %% ../../nbs/80_instruments/90_prediction_scrubber.ipynb #e908d39d
 COPY_LAST, TRUTH, LABEL_WIDTH = "copy-last", "truth", 104
 
 

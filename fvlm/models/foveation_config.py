@@ -6,17 +6,18 @@
 __all__ = ['TRAINED_PASSES', 'NORMS', 'TEXT_POSITIONS', 'ATTENTION_MODES', 'PRESETS', 'IDEAS', 'FoveationConfig', 'check_level',
            'seed', 'tiny', 'Idea', 'with_idea']
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #922a9ca6
+# %% ../../nbs/50_models/53_foveation_config.ipynb #144276e4
 from dataclasses import dataclass
 
-from ..blocks.prediction_heads import HEADS, PREVIOUS_MODES, STARTS
+from ..blocks.head_contract import PREVIOUS_MODES, STARTS
+from ..blocks.prediction_heads import HEADS
 from ..blocks.query_attention import TEMPERATURE_MODES
 from ..blocks.targets import TARGETS
 from ..core import ConfigError, check_choice, check_range
 from .saved_model import ModelConfig
 from ..objectives.losses import CONTRAST_KINDS
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #94e52d13
+# %% ../../nbs/50_models/53_foveation_config.ipynb #1d474176
 TRAINED_PASSES = {
     "fine": "the fine pass's losses; the coarse pass is trained only in so far as it makes the queries",
     "coarse": "the coarse pass's losses; the fine pass is not computed",
@@ -35,7 +36,7 @@ ATTENTION_MODES = {
     "shallow": "one attention over the encoder's final tokens",
 }
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #2b7e5128
+# %% ../../nbs/50_models/53_foveation_config.ipynb #2ac66840
 @dataclass(frozen=True, kw_only=True)
 class FoveationConfig(ModelConfig):
     """What a foveated video-language model is made of and what of it is trained; checked on creation.
@@ -141,7 +142,7 @@ class FoveationConfig(ModelConfig):
 
 
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #09f3db6d
+# %% ../../nbs/50_models/53_foveation_config.ipynb #27bb3308
 def check_level(
     name: str,  # the field's name, for the message
     value,  # what came: "none", "all", "last:2", "lora:8"
@@ -160,7 +161,7 @@ def check_level(
 
 check_level("language_train", "lora:8", ("none", "all", "last:N", "lora:R"))
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #fe6ac282
+# %% ../../nbs/50_models/53_foveation_config.ipynb #6eb1e3db
 def seed() -> dict:
     "The source's sizes: DINOv2-small, SmolLM2-135M, latents (4,32,32), FiLM head. Cost: seconds a step of two clips of 8 frames on two cores."
     return dict(query_dim=384, embed_dim=384, hidden_size=576, target_shape=(4, 32, 32))
@@ -173,7 +174,7 @@ def tiny() -> dict:
 
 PRESETS = FoveationConfig.presets = {preset.__name__: preset for preset in (seed, tiny)}
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #1f216b46
+# %% ../../nbs/50_models/53_foveation_config.ipynb #7a92dd78
 @dataclass(frozen=True, kw_only=True)
 class Idea:
     "One idea of the source, in one strength."
@@ -207,7 +208,7 @@ IDEAS = {
     "gumbel": Idea(number=12, what="attention to one key, drawn", changes=dict(gumbel=True)),
 }
 
-# %% ../../nbs/50_models/53_foveation_config.ipynb #2a598fb5
+# %% ../../nbs/50_models/53_foveation_config.ipynb #fae9bba6
 def with_idea(
     config: FoveationConfig,  # the model to change
     name: str,  # one of IDEAS
