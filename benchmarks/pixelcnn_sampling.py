@@ -18,7 +18,7 @@ def box(shape, **changes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SpatiotemporalPixelCNN.preset("bench", grid=(height, width), **changes).eval()
-    return model, torch.randint(model.num_codes, (clips, 1 + frames, 1, height, width), generator=rng)
+    return model, torch.randint(model.num_codes, (clips, 1 + frames, model.num_levels, height, width), generator=rng)
 
 
 def seconds(call) -> float:
