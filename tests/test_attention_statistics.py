@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fvlm.core import ConfigError, InputError, NonFiniteError, ShapeError, generator
-from fvlm.objectives.attention_statistics import effective_count, entropy, head_cosine, head_divergence, jensen_shannon, normalised_entropy, top_k_mass
+from fvlm.objectives.attention_statistics import effective_count, entropy, head_cosine, mean_head_cosine, head_divergence, jensen_shannon, normalised_entropy, top_k_mass
 
 
 def maps(*shape, seed=0, dtype=torch.float64):
@@ -130,3 +130,12 @@ def test_bad_heads():
     heads[1, 1, 1, 1] = float("inf")
     with pytest.raises(NonFiniteError, match="heads: 1 of 320"):
         head_cosine(heads)
+
+
+def test_the_mean_over_pairs_of_heads():
+    draw = torch.Generator().manual_seed(3)
+    same, turned = torch.randn(2, 1, 5, 8, generator=draw).expand(-1, 4, -1, -1), torch.eye(4)[None, :, None].expand(2, -1, 5, -1)
+    assert mean_head_cosine(same) == pytest.approx(1) and mean_head_cosine(turned) == 0, "a head with itself is no pair"
+    heads = torch.randn(2, 3, 5, 8, generator=draw)
+    table = head_cosine(heads, squared=True)
+    assert mean_head_cosine(heads, squared=True) == pytest.approx(float(table[0, 1] + table[0, 2] + table[1, 2]) / 3)

@@ -15,7 +15,7 @@ from fvlm.data.worlds import BouncingSprites
 from fvlm.encoders.embeddings import FrameEmbedder
 from fvlm.evidence.metric_agreement import VIEWS, agreement, better, correlation
 from fvlm.evidence.pixel_cells import (
-    AHEAD, EMBEDDING_RANGE, PAINTED, PIXEL_ROWS, gradients, judged_cell, judged_pixels, paint, painted_windows, participation, pixel_conventions, predicted, trained_decoder, trained_predictor)
+    AHEAD, EMBEDDING_RANGE, PAINTED, PIXEL_ROWS, gradients, judged_cell, judged_pixels, paint, painted_windows, participation_ratio, pixel_conventions, predicted, trained_decoder, trained_predictor)
 from fvlm.evidence.pixel_grid import of_cell, pixel_cells, pixel_table, run_pixels
 from fvlm.evidence.sc_vfp_cells import errors_ahead
 from fvlm.models.baselines import CopyLast
@@ -220,7 +220,7 @@ def test_gradients_are_those_of_the_losses(data, decoders):
         two = vectors[:1].clone().requires_grad_()
         (two - shown["truth"][:1, 0]).square().mean().backward()
         torch.testing.assert_close(beside[:1], two.grad)
-    assert participation(torch.eye(5)) == pytest.approx(5) and participation(torch.ones(9, 5)) == pytest.approx(1)
+    assert participation_ratio(torch.eye(5)) == pytest.approx(5) and participation_ratio(torch.ones(9, 5)) == pytest.approx(1)
     with torch.no_grad():
         assert paint(decoders["vector"], shown["truth"], shown["patches"]).shape == shown["frames"].shape
 

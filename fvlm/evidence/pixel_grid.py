@@ -194,7 +194,7 @@ def pixel_table(
     setting: str,  # which
     ahead: int = 1,  # frames ahead, 1 to AHEAD
 ) -> str | None:
-    "Every predictor of a setting in markdown, beside the embedding and painted, with less error than copy-last painted; None without it."
+    "Every predictor of a setting in markdown, of embeddings and painted, with less error than copy-last painted; None without it."
     if not of_cell(records, setting, "copy_last"):
         return None
     perceptual = any(f"vector_lpips_{ahead}" in record.metrics for record in records)

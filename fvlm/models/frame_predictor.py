@@ -98,11 +98,6 @@ class FramePredictor(nn.Module, StrictlySaved):
         seen = self._context("context", context)[:, -self.config.context_frames :]
         return self.rolled(seen, check_range("frames", frames, 1, integer=True)).float().clamp(0, 1)
 
-    @property
-    def num_parameters(self) -> int:
-        "Trainable numbers."
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
 
 def fold_patches(
     frames: Tensor,  # (N, C, H, W)

@@ -249,21 +249,6 @@ class HRVQVAE(nn.Module, StrictlySaved):
         return self.quantizer.usage(None if codes is None else codes.movedim(2, -1))
 
     @property
-    def num_parameters(self) -> int:
-        "Trainable numbers; the codewords, which follow by running means, are counted by `num_codewords`."
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    @property
     def num_codewords(self) -> int:
-        "Codewords of all books, each of embed_dim numbers."
+        "Codewords of all books, each of embed_dim numbers; they follow by running means and are none of `num_parameters`."
         return len(self.quantizer.codebooks)
-
-    @classmethod
-    def tiny(
-        cls,
-        *,
-        seed: int = 0,  # of the initial parameters
-        **changes,  # fields of the configuration
-    ) -> "HRVQVAE":
-        "A model that trains in seconds on a CPU: the preset `tiny`, grey frames of 16x16."
-        return cls(HRVQVAEConfig.preset("tiny", **changes), seed=seed)

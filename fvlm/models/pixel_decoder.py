@@ -152,12 +152,3 @@ class PixelDecoder(nn.Module, StrictlySaved):
     def num_parameters(self) -> int:
         "Numbers in it, trained or frozen."
         return sum(p.numel() for p in self.parameters())
-
-    @classmethod
-    def tiny(
-        cls,
-        *,
-        seed: int = 0,  # of the initial parameters
-    ) -> "PixelDecoder":
-        "A decoder that trains in seconds on a CPU: the preset `tiny`."
-        return cls(PixelDecoderConfig.preset("tiny"), seed=seed)

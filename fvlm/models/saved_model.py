@@ -81,6 +81,21 @@ class StrictlySaved(PyTorchModelHubMixin, library_name="fvlm", license="apache-2
 
     config_class = None  # the frozen dataclass, a ModelConfig
 
+    @property
+    def num_parameters(self) -> int:
+        "Trainable numbers."
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    @classmethod
+    def tiny(
+        cls,
+        *,
+        seed: int = 0,  # of the initial parameters
+        **changes,  # fields of the configuration
+    ):
+        "A model that trains in seconds on a CPU: the preset `tiny` of its configuration."
+        return cls(cls.config_class.preset("tiny", **changes), seed=seed)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save_file
 

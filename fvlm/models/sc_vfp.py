@@ -201,23 +201,9 @@ class SCVFP(nn.Module, StrictlySaved):
         return torch.stack(found, 1)
 
     @property
-    def num_parameters(self) -> int:
-        "Trainable numbers."
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    @property
     def gates(self) -> list[float]:
         "How much of each block's attention is SCMHSA, 0..1; empty for arms without a gate."
         return [float(block.attention.gate.detach().sigmoid()) for block in self.encoder.blocks if isinstance(block.attention, HybridAttention)]
-
-    @classmethod
-    def tiny(
-        cls,
-        *,
-        seed: int = 0,  # of the initial parameters
-    ) -> "SCVFP":
-        "A model that trains in seconds on a CPU: the preset `tiny`, embeddings of 16 dimensions."
-        return cls(SCVFPConfig.preset("tiny"), seed=seed)
 
 # %% ../../nbs/50_models/52_sc_vfp.ipynb #9c677ef1
 @torch.no_grad()

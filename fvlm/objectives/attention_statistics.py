@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_attention', 'entropy', 'normalised_entropy', 'effective_count', 'top_k_mass', 'jensen_shannon',
-           'head_divergence', 'head_cosine']
+           'head_divergence', 'head_cosine', 'mean_head_cosine']
 
 # %% ../../nbs/40_objectives/42_attention_statistics.ipynb #1f534271
 import math
@@ -141,3 +141,12 @@ def head_cosine(
     if not torch.isfinite(cosines).all():
         raise NonFiniteError(f"heads: finite but so large that their lengths overflow (largest value {heads.abs().max().item():.3g})")
     return (cosines.square() if squared else cosines).mean((0, 1))
+
+
+def mean_head_cosine(
+    heads: Tensor,  # (B, H, T, head_dim), H >= 2
+    squared: bool = False,  # average cos^2 instead of cos
+) -> float:
+    "`head_cosine`, averaged over all pairs of different heads."
+    table = head_cosine(heads, squared)
+    return float(table[torch.triu(torch.ones_like(table, dtype=torch.bool), 1)].mean())

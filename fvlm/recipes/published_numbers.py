@@ -20,7 +20,7 @@ from ..blocks.scmhsa import FoldedSCMHSA, SCMHSA
 from ..blocks.self_attention import MHSA
 from ..core import check_range, generator
 from ..models.sc_vfp import SCVFPConfig
-from ..objectives.attention_statistics import head_cosine
+from ..objectives.attention_statistics import mean_head_cosine
 from ..objectives.losses import semantic_similarity_loss
 
 # %% ../../nbs/65_recipes/77_published_numbers.ipynb #e9ea0bbe
@@ -121,20 +121,15 @@ def similarity_of_equal_heads() -> float:
     return float(semantic_similarity_loss(one.expand(-1, 8, -1, -1).contiguous()))
 
 
-def _mean_cosine(heads: torch.Tensor) -> float:
-    table = head_cosine(heads)
-    return float(table[torch.triu(torch.ones_like(table, dtype=torch.bool), 1)].mean())
-
-
 def _change_by_descent(kind: str) -> float:
     "Change of the mean cosine between heads that began rather alike, after following a kind's gradient downwards."
     draw = generator(0, "descent")
     heads = (torch.randn(2, 1, 5, 16, generator=draw) + 0.7 * torch.randn(2, 8, 5, 16, generator=draw)).requires_grad_()
-    before = _mean_cosine(heads.detach())
+    before = mean_head_cosine(heads.detach())
     for _ in range(50):
         (step,) = torch.autograd.grad(semantic_similarity_loss(heads, kind), heads)
         heads = (heads - 20 * step).detach().requires_grad_()
-    return _mean_cosine(heads.detach()) - before
+    return mean_head_cosine(heads.detach()) - before
 
 
 def cosine_after_descent_described() -> float:
@@ -162,14 +157,14 @@ def cosine_moved_by_rotation() -> float:
     with torch.no_grad():
         for weight in block.parameters():
             weight.copy_(torch.randn(weight.shape, generator=draw) * 0.25)
-        out, before = block(x), _mean_cosine(block.heads(x))
+        out, before = block(x), mean_head_cosine(block.heads(x))
         values, bias, last = block.qkv.weight.view(3, 4, 16, 16)[2], block.qkv.bias.view(3, 4, 16)[2], block.proj.weight.view(16, 4, 16)
         for h in range(4):
             turn = torch.linalg.qr(torch.randn(16, 16, generator=draw))[0]
             values[h], bias[h], last[:, h] = turn @ values[h], turn @ bias[h], last[:, h] @ turn.T
         if (block(x) - out).abs().max() > 1e-4 * out.abs().max():
             raise AssertionError("the rotated block is another function; the account of its weights in this module is wrong")
-        return abs(_mean_cosine(block.heads(x)) - before)
+        return abs(mean_head_cosine(block.heads(x)) - before)
 
 
 EXACT: dict[str, Callable[[], float]] = {

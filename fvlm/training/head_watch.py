@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..models.sc_vfp import SCVFP
-from ..objectives.attention_statistics import entropy, head_cosine, head_divergence
+from ..objectives.attention_statistics import entropy, head_divergence, mean_head_cosine
 from .batches import evaluating
 from .loop import TrainEvent
 from .records import RunRecord
@@ -23,11 +23,6 @@ HEAD_STATISTICS = {
     "contribution_cosine_squared": "squared cosine between what two heads add to the output, after the last matrix; blocks that can tell only",
     "attention_entropy": "entropy of the attention rows in nats, 0 to ln 5",
 }
-
-
-def _pairs(table: torch.Tensor) -> float:
-    "The mean above the diagonal of (H, H)."
-    return float(table[torch.triu(torch.ones_like(table, dtype=torch.bool), 1)].mean())
 
 
 @torch.no_grad()
@@ -45,13 +40,13 @@ def head_statistics(
             hook.remove()
     able = [(attention, x) for attention, x in read if hasattr(attention, "contributions")]
     found = {
-        "head_cosine": np.mean([_pairs(head_cosine(h)) for h in outputs["heads"]]),
-        "head_cosine_squared": np.mean([_pairs(head_cosine(h, squared=True)) for h in outputs["heads"]]),
+        "head_cosine": np.mean([mean_head_cosine(h) for h in outputs["heads"]]),
+        "head_cosine_squared": np.mean([mean_head_cosine(h, squared=True) for h in outputs["heads"]]),
         "head_divergence": head_divergence(outputs["attention"]),
         "attention_entropy": torch.stack([entropy(a).mean() for a in outputs["attention"]]).mean(),
     }
     if able:
-        found["contribution_cosine_squared"] = np.mean([_pairs(head_cosine(module.contributions(x), squared=True)) for module, x in able])
+        found["contribution_cosine_squared"] = np.mean([mean_head_cosine(module.contributions(x), squared=True) for module, x in able])
     return {name: float(value) for name, value in found.items()}
 
 # %% ../../nbs/60_training/71_head_watch.ipynb #ad68b890
